@@ -1,0 +1,225 @@
+// tree_attention of one tile: up to 8 queries (row, head) of one sequence that share a kv head.
+//
+//   s[p] = scale * q . K[p];   w = exp(s - max s);   out = sum_p w[p] V[p] / sum_p w[p]
+//   over the logical positions p in [first, position] of the query
+//
+// Shapes    K block of a (page, head) [D/2][64][2] bf16 or [D][64] f16 | f32, so that a lane is a key; V block [64][D]
+// Traffic   K and V of the visible pages once for every tile of 8; 4 D flops for each (query, key)
+// Bits      Everything depends on (query position, key position) alone. A score is one lane of dot_block. Scores
+//           are laid out by logical position: slots below prefix_len are their own, ancestors move down to
+//           prefix_len + rank. Sums of weights take lane p mod 16 from a multiple of 16 on; the weighted sum of V
+//           takes p rising one by one. The tile shares loads, never sums.
+// Masked    K of slots that a query does not see may be NaN: its score is computed in a lane of its own and then
+//           overwritten or never read. V of such a slot is never multiplied.
+// SPDX-License-Identifier: Apache-2.0
+#include "backend/cpu/kernels/dot_block.h"
+#include "backend/cpu/kernels/kernels.h"
+
+namespace medusa::cpu::MEDUSA_ISA {
+namespace {
+
+#if defined(MEDUSA_SIMD_AVX512)
+constexpr int kScoreQueries = 8, kScoreVectors = 2;
+constexpr int kValueQueries = 4, kValueVectors = 4;
+#elif defined(MEDUSA_SIMD_AVX2)
+constexpr int kScoreQueries = 4, kScoreVectors = 1;
+constexpr int kValueQueries = 4, kValueVectors = 1;
+#else
+constexpr int kScoreQueries = 2, kScoreVectors = 1;
+constexpr int kValueQueries = 2, kValueVectors = 1;
+#endif
+
+// Calls f.template operator()<m>() with m = n, 1 <= n <= kMax.
+template <int kMax, class F>
+MEDUSA_INLINE void with_constant(int n, F f) {
+  if constexpr (kMax > 1) {
+    if (n < kMax) return with_constant<kMax - 1>(n, f);
+  }
+  f.template operator()<kMax>();
+}
+
+// Scores of `count` queries against one K block, unscaled: out[m * stride + key].
+template <class T, int M>
+void score_page(const T* keys, const typename Operand<T>::X* q, int D, float* out, int64_t stride) {
+  constexpr int C = kScoreVectors;
+  constexpr int kStep = Operand<T>::kStep;
+  for (int key = 0; key < kPage; key += C * kLanes) {
+    V sum[M][C];
+    dot_block<T, M, C, 0>(keys + key * kStep, kPage * kStep, q, D, D, sum);
+    for (int m = 0; m < M; ++m) {
+      for (int c = 0; c < C; ++c) store(out + m * stride + key + c * kLanes, sum[m][c]);
+    }
+  }
+}
+
+// sum[m][0..16 C) += weights[m * stride + i] * values[i * D + 0..16 C) for i in [0, count). The last vector may be partial:
+// it holds `tail` lanes, 16 if it is whole.
+template <class T, int M, int C, bool kWhole>
+void add_values(const T* values, int D, int count, const float* weights, int64_t stride, float* sum,
+                int64_t sum_stride, int64_t tail) {
+  V total[M][C];
+  for (int m = 0; m < M; ++m) {
+    for (int c = 0; c < C; ++c) total[m][c] = load(sum + m * sum_stride + c * kLanes);
+  }
+  for (int i = 0; i < count; ++i, values += D) {
+    V value[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      value[c] = kWhole || c + 1 < C ? load(values + c * kLanes) : load_some(values + c * kLanes, tail);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const V weight = splat(weights[m * stride + i]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) total[m][c] = fma(weight, value[c], total[m][c]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int c = 0; c < C; ++c) store(sum + m * sum_stride + c * kLanes, total[m][c]);
+  }
+}
+
+// The same over all of D, for num_queries queries.
+template <class T>
+void add_slots(const T* values, int D, int count, const float* weights, int64_t stride, float* sum,
+               int64_t sum_stride, int num_queries) {
+  for (int query = 0; query < num_queries; query += kValueQueries) {
+    const int m = num_queries - query < kValueQueries ? num_queries - query : kValueQueries;
+    with_constant<kValueQueries>(m, [&]<int M>() {
+      const float* w = weights + query * stride;
+      float* s = sum + query * sum_stride;
+      int d = 0;
+      for (; d + kValueVectors * kLanes <= D; d += kValueVectors * kLanes) {
+        add_values<T, M, kValueVectors, true>(values + d, D, count, w, stride, s + d, sum_stride, kLanes);
+      }
+      for (; d + kLanes <= D; d += kLanes) {
+        add_values<T, M, 1, true>(values + d, D, count, w, stride, s + d, sum_stride, kLanes);
+      }
+      if (d < D) add_values<T, M, 1, false>(values + d, D, count, w, stride, s + d, sum_stride, D - d);
+    });
+  }
+}
+
+// Positions [first, last) of the prefix, where slot and position are one.
+template <class T>
+void add_prefix(const AttentionTile& tile, int first, int last, const float* weights, float* sum,
+                int64_t sum_stride, int num_queries) {
+  while (first < last) {
+    const int page = first / kPage, end = (page + 1) * kPage < last ? (page + 1) * kPage : last;
+    const T* values = static_cast<const T*>(tile.v_pages[page]) + int64_t{first % kPage} * tile.head_dim;
+    add_slots(values, tile.head_dim, end - first, weights + first, tile.score_stride, sum, sum_stride, num_queries);
+    first = end;
+  }
+}
+
+// Turns scores over [first, last] into weights in place; returns their sum.
+float softmax(float* scores, int first, int last, float scale) {
+  const int begin = first / kLanes * kLanes;
+  const int64_t end = (int64_t{last} / kLanes + 1) * kLanes;
+  const V factor = splat(scale);
+  V greatest = splat(-__builtin_inff());
+  for (int64_t p = begin; p < end; p += kLanes) {
+    V score = mul(load(scores + p), factor);
+    if (p < first || p + kLanes - 1 > last) {  // lanes outside hold whatever the cache held: cut them off
+      float lanes[kLanes];
+      store(lanes, score);
+      for (int i = 0; i < kLanes; ++i) {
+        if (p + i < first || p + i > last) lanes[i] = -__builtin_inff();
+      }
+      score = load(lanes);
+    }
+    store(scores + p, score);
+    greatest = max(greatest, score);
+  }
+  const V shift = splat(max_of(greatest));
+  V total = zero();
+  for (int64_t p = begin; p < end; p += kLanes) {
+    const V weight = exp(sub(load(scores + p), shift));
+    store(scores + p, weight);
+    total = add(total, weight);
+  }
+  return sum_of(total);
+}
+
+// Calls f(rank, bit) for every set bit in rising order.
+template <class F>
+MEDUSA_INLINE void for_each_ancestor(const uint64_t* words, F f) {
+  int rank = 0;
+  for (int word = 0; word < kMaxAncestorWords; ++word) {
+    for (uint64_t bits = words[word]; bits != 0; bits &= bits - 1) f(rank++, word * 64 + __builtin_ctzll(bits));
+  }
+}
+
+template <class T>
+void attention_of(const AttentionTile& tile) {
+  using X = typename Operand<T>::X;
+  const int D = tile.head_dim, n = tile.num_queries;
+  const int64_t sum_stride = (D + kLanes - 1) / kLanes * kLanes;
+  X* q = static_cast<X*>(tile.queries);
+  for (int i = 0; i < n; ++i) __builtin_memcpy(q + int64_t{i} * D, tile.q[i], static_cast<size_t>(D) * sizeof(X));
+
+  // Scores by slot, then ancestors down to their logical positions: rank <= bit, so none is overwritten before it moves.
+  for (int page = 0; page < tile.num_pages; ++page) {
+    if (tile.k_pages[page] == nullptr) continue;
+    for (int i = 0; i < n; i += kScoreQueries) {
+      const int m = n - i < kScoreQueries ? n - i : kScoreQueries;
+      float* scores = tile.scores + i * tile.score_stride + int64_t{page} * kPage;
+      with_constant<kScoreQueries>(m, [&]<int M>() {
+        score_page<T, M>(static_cast<const T*>(tile.k_pages[page]), q + int64_t{i} * D, D, scores, tile.score_stride);
+      });
+    }
+  }
+  float total[kTileQueries];
+  for (int i = 0; i < n; ++i) {
+    float* scores = tile.scores + i * tile.score_stride;
+    float* tree = scores + tile.prefix_len[i];
+    for_each_ancestor(tile.ancestors[i], [&](int rank, int bit) { tree[rank] = tree[bit]; });
+    total[i] = softmax(scores, tile.first[i], tile.position[i], tile.scale);
+  }
+
+  // The weighted sum: positions that all queries see in the prefix together, what lies before and behind one by one.
+  for (int64_t i = 0; i < n * sum_stride; ++i) tile.values[i] = 0.0f;
+  int common_first = 0, common_last = tile.prefix_len[0];
+  for (int i = 0; i < n; ++i) {
+    if (tile.first[i] > common_first) common_first = tile.first[i];
+    if (tile.prefix_len[i] < common_last) common_last = tile.prefix_len[i];
+  }
+  const bool shared = common_first < common_last;
+  for (int i = 0; i < n; ++i) {
+    const int last = shared ? common_first : tile.prefix_len[i];
+    add_prefix<T>(tile, tile.first[i], last, tile.scores + i * tile.score_stride, tile.values + i * sum_stride,
+                  sum_stride, 1);
+  }
+  if (shared) add_prefix<T>(tile, common_first, common_last, tile.scores, tile.values, sum_stride, n);
+  for (int i = 0; i < n; ++i) {
+    const float* weights = tile.scores + i * tile.score_stride;
+    float* sum = tile.values + i * sum_stride;
+    if (shared) add_prefix<T>(tile, common_last, tile.prefix_len[i], weights, sum, sum_stride, 1);
+    for_each_ancestor(tile.ancestors[i], [&](int rank, int bit) {
+      const int position = tile.prefix_len[i] + rank, slot = tile.prefix_len[i] + bit;
+      if (position < tile.first[i]) return;
+      const T* values = static_cast<const T*>(tile.v_pages[slot / kPage]) + int64_t{slot % kPage} * D;
+      add_slots(values, D, 1, weights + position, tile.score_stride, sum, sum_stride, 1);
+    });
+
+    const V inverse = splat(1.0f / total[i]);
+    for (int d = 0; d < D; d += kLanes) {
+      const V value = mul(load(sum + d), inverse);
+      if (tile.out_bf16) {
+        store_some(static_cast<Bf16*>(tile.out[i]) + d, value, D - d);
+      } else {
+        store_some(static_cast<float*>(tile.out[i]) + d, value, D - d);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void attention(const AttentionTile& tile) {
+  if (tile.dtype == DType::bf16) return attention_of<Bf16>(tile);
+  if (tile.dtype == DType::f16) return attention_of<F16>(tile);
+  attention_of<float>(tile);
+}
+
+}  // namespace medusa::cpu::MEDUSA_ISA

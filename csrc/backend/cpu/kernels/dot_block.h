@@ -1,0 +1,58 @@
+// The inner loop of every product: M rows of x against C vectors of 16 outputs, each output in a lane of its own.
+//
+//   sum[m][c] lane j  +=  sum over k of  w[k][16 c + j] * x[m][k],   k rising one by one (bf16: pair by pair)
+//
+// The order of the sum of one (row, output) is that of its lane, so it cannot depend on M, on C or on what the other
+// rows and lanes hold. bf16 takes two k at once: one vdpbf16ps, elsewhere the even product and then the odd one.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "backend/cpu/kernels/simd.h"
+
+namespace medusa::cpu::MEDUSA_ISA {
+
+template <class W>
+struct Operand {  // f32 and f16 weights, widened; x is f32
+  using X = float;
+  static constexpr int kStep = 1;  // k per iteration
+  MEDUSA_INLINE V load_w(const W* p) { return load(p); }
+  MEDUSA_INLINE V load_x(const X* p) { return splat(*p); }
+  MEDUSA_INLINE V multiply_add(V sum, V w, V x) { return fma(w, x, sum); }
+};
+
+template <>
+struct Operand<Bf16> {
+  using X = Bf16;
+  static constexpr int kStep = 2;
+  MEDUSA_INLINE Pairs load_w(const Bf16* p) { return load_pairs(p); }
+  MEDUSA_INLINE Pairs load_x(const Bf16* p) { return splat_pair(p); }
+  MEDUSA_INLINE V multiply_add(V sum, Pairs w, Pairs x) { return dot(sum, w, x); }
+};
+
+// w_step, x_stride in elements; kAhead > 0 prefetches w that many elements ahead (past the end is harmless).
+template <class W, int M, int C, int kAhead>
+MEDUSA_INLINE void dot_block(const W* w, int64_t w_step, const typename Operand<W>::X* x, int64_t x_stride,
+                             int64_t num_k, V (&sum)[M][C]) {
+  using Op = Operand<W>;
+  using Wide = decltype(Op::load_w(w));
+  constexpr int kVector = kLanes * Op::kStep;
+  for (int m = 0; m < M; ++m) {
+    for (int c = 0; c < C; ++c) sum[m][c] = zero();
+  }
+  for (int64_t k = 0; k < num_k; k += Op::kStep, w += w_step) {
+    Wide wide[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      wide[c] = Op::load_w(w + c * kVector);
+      if constexpr (kAhead > 0) __builtin_prefetch(w + c * kVector + kAhead);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Wide value = Op::load_x(x + m * x_stride + k);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sum[m][c] = Op::multiply_add(sum[m][c], wide[c], value);
+    }
+  }
+}
+
+}  // namespace medusa::cpu::MEDUSA_ISA

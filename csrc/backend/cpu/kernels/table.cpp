@@ -1,0 +1,43 @@
+// The table of this instruction set's kernels.
+// SPDX-License-Identifier: Apache-2.0
+#include "backend/cpu/kernels/kernels.h"
+
+#define MEDUSA_JOIN_(a, b) a##b
+#define MEDUSA_JOIN(a, b) MEDUSA_JOIN_(a, b)
+#define MEDUSA_TEXT_(a) #a
+#define MEDUSA_TEXT(a) MEDUSA_TEXT_(a)
+
+namespace medusa::cpu {
+namespace MEDUSA_ISA {
+
+void linear(const LinearTask&);
+void attention(const AttentionTile&);
+void rms_norm(const float*, const float*, float, int64_t, void*, bool);
+void silu_gate(const float*, const float*, int64_t, void*, bool);
+void gelu_gate(const float*, const float*, int64_t, void*, bool);
+void gelu_tanh_gate(const float*, const float*, int64_t, void*, bool);
+void residual_silu(const float*, float*, int64_t, void*, bool);
+void rotate(float*, const float*, const float*, int64_t);
+void top_k(const float*, int64_t, int, int32_t*, float*);
+void convert(const void*, DType, void*, DType, int64_t);
+
+}  // namespace MEDUSA_ISA
+
+const Kernels& MEDUSA_JOIN(kernels_, MEDUSA_ISA)() {
+  static constexpr Kernels kTable{
+      .name = MEDUSA_TEXT(MEDUSA_ISA),
+      .linear = MEDUSA_ISA::linear,
+      .attention = MEDUSA_ISA::attention,
+      .rms_norm = MEDUSA_ISA::rms_norm,
+      .silu_gate = MEDUSA_ISA::silu_gate,
+      .gelu_gate = MEDUSA_ISA::gelu_gate,
+      .gelu_tanh_gate = MEDUSA_ISA::gelu_tanh_gate,
+      .residual_silu = MEDUSA_ISA::residual_silu,
+      .rotate = MEDUSA_ISA::rotate,
+      .top_k = MEDUSA_ISA::top_k,
+      .convert = MEDUSA_ISA::convert,
+  };
+  return kTable;
+}
+
+}  // namespace medusa::cpu

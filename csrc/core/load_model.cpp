@@ -1,0 +1,125 @@
+// Models that C++ gets by itself: from the one-file export form, or random ones for benchmarks.
+// SPDX-License-Identifier: Apache-2.0
+#include <bit>
+#include <cmath>
+#include <utility>
+
+#include "core/safetensors.h"
+#include "medusa/error.h"
+#include "medusa/model.h"
+
+namespace medusa {
+namespace {
+
+const std::string& metadata_value(const SafetensorsFile& file, const std::string& key) {
+  const auto found = file.metadata().find(key);
+  MEDUSA_CHECK_ARG(found != file.metadata().end(), file.path(), ": its metadata has no \"", key,
+                   "\"; wanted a file that `medusa-ext export` wrote");
+  return found->second;
+}
+
+TensorView view_of(const std::string& name, const SafetensorsTensor& tensor) {
+  constexpr std::pair<const char*, DType> kDTypes[] = {
+      {"F32", DType::f32}, {"F16", DType::f16}, {"BF16", DType::bf16}, {"I32", DType::i32}};
+  TensorView view;
+  view.data = const_cast<std::byte*>(tensor.data);  // views are not const; nobody writes this one
+  view.rank = static_cast<int>(tensor.shape.size());
+  MEDUSA_CHECK_ARG(view.rank >= 1 && view.rank <= 3, "tensor ", name, ": found ",
+                   tensor.shape.size(), " axes, wanted 1 or 2");
+  std::copy(tensor.shape.begin(), tensor.shape.end(), view.shape.begin());
+  for (const auto& [text, dtype] : kDTypes) {
+    if (tensor.dtype == text) {
+      view.dtype = dtype;
+      return view;
+    }
+  }
+  throw ArgumentError(concat("tensor ", name, ": found dtype ", tensor.dtype,
+                             ", wanted F32, F16, BF16 or I32"));
+}
+
+// Values about N(0, scale^2): the sum of four uniform 16-bit parts of a hash of the index.
+class NormalValues {
+ public:
+  explicit NormalValues(uint64_t seed) : state_(seed) {}
+
+  float next() {
+    state_ += 0x9E3779B97F4A7C15;  // splitmix64
+    uint64_t x = state_;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+    x ^= x >> 31;
+    const auto sum = static_cast<int>((x & 0xFFFF) + ((x >> 16) & 0xFFFF) +
+                                      ((x >> 32) & 0xFFFF) + (x >> 48));
+    constexpr float kStandard = 2.64289e-5f;  // 1 / the deviation of the sum: sqrt(3) / 2^16
+    return static_cast<float>(sum - 2 * 0xFFFF) * kStandard;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+template <class T, class Make>
+TensorView filled(std::vector<T>& storage, DType dtype, const std::vector<int64_t>& shape,
+                  Make&& make) {
+  TensorView view;
+  view.dtype = dtype;
+  view.rank = static_cast<int>(shape.size());
+  std::copy(shape.begin(), shape.end(), view.shape.begin());
+  storage.resize(static_cast<size_t>(view.num_elements()));
+  for (T& value : storage) value = make();
+  view.data = storage.data();
+  return view;
+}
+
+}  // namespace
+
+std::unique_ptr<Model> load_model(const std::string& path, DType dtype,
+                                  std::shared_ptr<Backend> backend) {
+  const SafetensorsFile file(path);
+  const std::string& format = metadata_value(file, "medusa_ext.format");
+  MEDUSA_CHECK_ARG(format == "1", path, ": found medusa_ext.format ", format,
+                   ", wanted 1; a newer medusa_ext wrote this file");
+  try {
+    ModelBuilder builder(ModelConfig::from_json(metadata_value(file, "medusa_ext.config")), dtype,
+                         std::move(backend));
+    for (const std::string& name : file.names()) {
+      builder.add(name, view_of(name, file.tensor(name)));
+      file.release(name);  // packed now: the copy in the mapping must not stay resident
+    }
+    return builder.finish();
+  } catch (const ArgumentError& error) {
+    throw ArgumentError(concat(path, ": ", error.what()));
+  }
+}
+
+std::unique_ptr<Model> random_model(const ModelConfig& config, DType dtype, uint64_t seed,
+                                    std::shared_ptr<Backend> backend) {
+  ModelBuilder builder(config, dtype, std::move(backend));
+  NormalValues normal(seed);
+  std::vector<float> f32;
+  std::vector<uint16_t> bf16;
+  std::vector<int32_t> i32;
+  for (const auto& [name, shape] : builder.missing()) {
+    if (name == "heads.token_map") {  // spread over the vocabulary, all distinct
+      int64_t i = 0;
+      builder.add(name, filled(i32, DType::i32, shape, [&] {
+                    return static_cast<int32_t>(i++ * config.vocab_size / shape[0]);
+                  }));
+    } else if (name.ends_with("norm.weight")) {
+      builder.add(name, filled(f32, DType::f32, shape, [] { return 1.0f; }));
+    } else if (shape.size() == 1) {  // biases
+      builder.add(name, filled(f32, DType::f32, shape, [&] { return 0.02f * normal.next(); }));
+    } else if (const float scale = 1.0f / std::sqrt(static_cast<float>(shape[1]));
+               dtype == DType::bf16) {
+      builder.add(name, filled(bf16, DType::bf16, shape, [&] {  // cut, not rounded: random anyway
+                    return static_cast<uint16_t>(
+                        std::bit_cast<uint32_t>(scale * normal.next()) >> 16);
+                  }));
+    } else {
+      builder.add(name, filled(f32, DType::f32, shape, [&] { return scale * normal.next(); }));
+    }
+  }
+  return builder.finish();
+}
+
+}  // namespace medusa

@@ -1,0 +1,167 @@
+// Medusa heads as a drafter: only the last accepted node's hidden row is read, every head's candidates fill a static tree.
+// Source: Medusa, arXiv:2401.10774.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "medusa/error.h"
+#include "medusa/noise.h"
+#include "medusa/session.h"
+
+namespace medusa {
+namespace {
+
+// Candidates that the noise may reorder at temperature > 0.
+constexpr int kCoupledCandidates = 48;
+
+class MedusaDrafter final : public Drafter {
+ public:
+  MedusaDrafter(std::shared_ptr<const Model> model, const TreeSpec& tree)
+      : model_(std::move(model)), tree_(tree), ops_(*model_->backend) {
+    const HeadsConfig& heads = model_->config.heads;
+    MEDUSA_CHECK_ARG(heads.num_heads > 0, "medusa drafter: the model has no heads");
+    MEDUSA_CHECK_ARG(tree.depth() <= heads.num_heads, "medusa drafter: the tree is ", tree.depth(),
+                     " deep, the model has ", heads.num_heads,
+                     " heads; use a tree no deeper than the heads");
+    head_vocab_ = heads.shared_lm_head ? model_->config.vocab_size : heads.head_vocab;
+    for (int depth = 1; depth <= tree.depth(); ++depth) {
+      MEDUSA_CHECK_ARG(tree.num_ranks(depth) <= std::min(head_vocab_, kMaxTreeNodes),
+                       "medusa drafter: the tree uses rank ", tree.num_ranks(depth) - 1,
+                       " at depth ", depth, ", allowed is below ",
+                       std::min(head_vocab_, kMaxTreeNodes));
+      num_ranks_ = std::max(num_ranks_, tree.num_ranks(depth));
+    }
+  }
+
+  int max_nodes() const override { return tree_.num_nodes(); }
+
+  void draft(std::span<const DraftInput> inputs, std::span<DraftTree> trees) override {
+    std::vector<size_t> ready;
+    int depth = 0;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (!inputs[i].hidden || inputs[i].max_depth < 1 || inputs[i].max_nodes < 2) continue;
+      ready.push_back(i);
+      depth = std::max(depth, std::min(inputs[i].max_depth, tree_.depth()));
+    }
+    if (ready.empty() || depth == 0) return;
+
+    bool sampled = false;
+    for (const size_t i : ready) sampled |= inputs[i].sampling->temperature > 0.0f;
+    const int width = std::min({head_vocab_, kMaxTreeNodes,
+                                sampled ? std::max(num_ranks_, kCoupledCandidates) : num_ranks_});
+    run_heads(inputs, ready, depth, width);
+    for (size_t row = 0; row < ready.size(); ++row) {
+      fill(inputs[ready[row]], static_cast<int>(row), static_cast<int>(ready.size()), depth, width,
+           trees[ready[row]]);
+    }
+  }
+
+ private:
+  // One Buffer per role, grown outside the ops; row h * B + b of each is head h of sequence b.
+  void* memory(std::unique_ptr<Buffer>& buffer, int64_t num_bytes) {
+    if (!buffer || buffer->num_bytes() < num_bytes) buffer = ops_.allocate(num_bytes);
+    return buffer->data();
+  }
+
+  void run_heads(std::span<const DraftInput> inputs, const std::vector<size_t>& ready, int depth,
+                 int width) {
+    const int64_t d = model_->config.hidden_size;
+    const auto batch = static_cast<int64_t>(ready.size());
+    const int64_t rows = batch * depth;
+    const DType act = ops_.activation_dtype(model_->dtype);
+    auto* u = static_cast<float*>(memory(u_, rows * d * 4));
+    auto* y = static_cast<float*>(memory(y_, batch * d * 4));
+    auto* normed = static_cast<std::byte*>(memory(copy_, rows * d * dtype_bytes(act)));
+    auto* logits = static_cast<float*>(memory(logits_, rows * head_vocab_ * 4));
+    candidates_.resize(static_cast<size_t>(rows * width));
+    values_.resize(candidates_.size());
+
+    identity_.resize(static_cast<size_t>(batch));
+    for (int64_t b = 0; b < batch; ++b) identity_[static_cast<size_t>(b)] = static_cast<int32_t>(b);
+    const TensorView index(identity_.data(), DType::i32, batch);
+    for (int head = 0; head < depth; ++head) {
+      float* u_head = u + head * batch * d;
+      for (int64_t b = 0; b < batch; ++b) {
+        std::memcpy(u_head + b * d, inputs[ready[static_cast<size_t>(b)]].hidden,
+                    static_cast<size_t>(d) * 4);
+      }
+      const TensorView state(u_head, DType::f32, batch, d);
+      const TensorView update(y, DType::f32, batch, d);
+      const TensorView copy(normed + head * batch * d * dtype_bytes(act), act, batch, d);
+      ops_.gather_rows(state, index, copy);
+      const Head& weights = model_->heads[static_cast<size_t>(head)];
+      for (size_t layer = 0; layer < weights.blocks.size(); ++layer) {
+        const TensorView bias(weights.biases[layer]->data(), DType::f32, d);
+        ops_.linear(copy, *weights.blocks[layer], bias, false, update);
+        ops_.residual_silu(update, state, copy);
+      }
+      if (weights.lm_head) {
+        ops_.linear(copy, *weights.lm_head, TensorView(), false,
+                    TensorView(logits + head * batch * head_vocab_, DType::f32, batch, head_vocab_));
+      }
+    }
+    if (model_->config.heads.shared_lm_head) {
+      // All heads in one product: the shared matrix is read once.
+      ops_.linear(TensorView(normed, act, rows, d), model_->output(), TensorView(), false,
+                  TensorView(logits, DType::f32, rows, head_vocab_));
+    }
+    ops_.top_k(TensorView(logits, DType::f32, rows, head_vocab_),
+               TensorView(candidates_.data(), DType::i32, rows, width),
+               TensorView(values_.data(), DType::f32, rows, width));
+    ops_.synchronize();
+    for (int32_t& id : candidates_) {
+      if (!model_->token_map.empty()) id = model_->token_map[static_cast<size_t>(id)];
+    }
+  }
+
+  // At temperature > 0, ranks candidates by log q + G with the noise that will choose the token at that position.
+  void couple(const DraftInput& input, int depth, int32_t* ids, float* values, int width) {
+    const SamplingParams& sampling = *input.sampling;
+    if (sampling.temperature <= 0.0f || sampling.acceptance == Acceptance::typical) return;
+    const auto position = static_cast<uint32_t>(input.tokens.size()) - 1 + static_cast<uint32_t>(depth);
+    std::vector<std::pair<float, int32_t>> ranked;
+    for (int i = 0; i < width; ++i) {
+      const uint32_t word = noise_word(sampling.seed, sampling.sample_index, position,
+                                       static_cast<uint32_t>(ids[i]));
+      ranked.emplace_back(values[i] / sampling.temperature + gumbel_from_bits(word), ids[i]);
+    }
+    std::stable_sort(ranked.begin(), ranked.end(),
+                     [](const auto& a, const auto& b) { return a.first > b.first; });
+    for (int i = 0; i < width; ++i) ids[i] = ranked[static_cast<size_t>(i)].second;
+  }
+
+  void fill(const DraftInput& input, int row, int batch, int depth, int width, DraftTree& tree) {
+    for (int level = 1; level <= depth; ++level) {
+      const auto offset = static_cast<size_t>(((level - 1) * batch + row) * width);
+      couple(input, level, candidates_.data() + offset, values_.data() + offset, width);
+    }
+    std::vector<int> node_of(static_cast<size_t>(tree_.num_nodes()), -1);
+    node_of[0] = 0;
+    const int max_depth = std::min(input.max_depth, depth);
+    for (int i = 1; i < tree_.num_nodes() && tree.num_nodes() < input.max_nodes; ++i) {
+      const int level = tree_.node_depth(i);
+      const int parent = node_of[static_cast<size_t>(tree_.parent(i))];
+      if (level > max_depth || parent < 0) continue;
+      const auto at = static_cast<size_t>(((level - 1) * batch + row) * width + tree_.rank(i));
+      node_of[static_cast<size_t>(i)] = tree.add(parent, candidates_[at]);
+    }
+  }
+
+  std::shared_ptr<const Model> model_;
+  TreeSpec tree_;
+  Backend& ops_;
+  int head_vocab_ = 0, num_ranks_ = 0;
+  std::unique_ptr<Buffer> u_, y_, copy_, logits_;
+  std::vector<int32_t> candidates_, identity_;
+  std::vector<float> values_;
+};
+
+}  // namespace
+
+std::shared_ptr<Drafter> make_medusa_drafter(std::shared_ptr<const Model> model,
+                                             const TreeSpec& tree) {
+  return std::make_shared<MedusaDrafter>(std::move(model), tree);
+}
+
+}  // namespace medusa

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstring>
+
+#include "core/forward.h"
+#include "core/row_batch.h"
+#include "medusa/error.h"
+#include "medusa/session.h"
+
+namespace medusa {
+
+void score(const Model& model, std::span<const int32_t> tokens, int chunk, float* logits,
+           float* hidden) {
+  const ModelConfig& config = model.config;
+  const auto num_tokens = static_cast<int>(tokens.size());
+  MEDUSA_CHECK_ARG(!tokens.empty(), "score: no tokens given; give at least one");
+  MEDUSA_CHECK_ARG(num_tokens <= config.max_context, "score: ", num_tokens,
+                   " tokens given, the model's context holds ", config.max_context);
+  MEDUSA_CHECK_ARG(chunk >= 1, "score: chunk is ", chunk, ", allowed is 1 or more");
+  for (const int32_t token : tokens) {
+    MEDUSA_CHECK_ARG(token >= 0 && token < config.vocab_size, "score: token ", token,
+                     " is outside the vocabulary of ", config.vocab_size);
+  }
+
+  const int num_pages = (num_tokens + kPageTokens - 1) / kPageTokens;
+  std::vector<int32_t> page_table(static_cast<size_t>(num_pages));
+  for (int i = 0; i < num_pages; ++i) page_table[static_cast<size_t>(i)] = i;
+  KvCache cache = model.backend->make_kv_cache(model.kv_shape(num_pages));
+  cache.page_table = page_table.data();
+  cache.max_pages = num_pages;
+
+  const int max_rows = std::min(chunk, num_tokens);
+  Workspace workspace(model, max_rows, logits ? max_rows : 0);
+  for (int start = 0; start < num_tokens; start += max_rows) {
+    const int n = std::min(max_rows, num_tokens - start);
+    RowBatch rows;
+    rows.add_chunk(0, num_tokens, tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(n)), start);
+    PassInput input = rows.pass_input();
+    for (int i = 0; i < n; ++i) input.hidden_rows.push_back(i);
+    if (logits) input.logit_rows = input.hidden_rows;
+    const PassOutput out = forward(model, cache, input, workspace);
+    model.backend->synchronize();
+    if (logits) {
+      std::memcpy(logits + int64_t{start} * config.vocab_size, out.logits.data,
+                  static_cast<size_t>(out.logits.num_bytes()));
+    }
+    if (hidden) {
+      std::memcpy(hidden + int64_t{start} * config.hidden_size, out.hidden.data,
+                  static_cast<size_t>(out.hidden.num_bytes()));
+    }
+  }
+}
+
+}  // namespace medusa

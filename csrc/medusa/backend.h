@@ -1,0 +1,195 @@
+// The only list of ops, and the only place an op's contract is written. The public method checks its arguments
+// (core/backend.cpp); the private do_ method computes. Ops run in call order on the backend's queue and never allocate
+// device memory; synchronize() waits for them. What every op promises: the bits of a row depend on that row's inputs alone, not on
+// the rows beside it, their number, the tree, the batch or the number of threads.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "medusa/config.h"
+#include "medusa/sampling.h"
+#include "medusa/tensor.h"
+#include "medusa/tree.h"
+
+namespace medusa {
+
+constexpr int kPageTokens = 64;
+
+// Memory of one role (weights, cache, workspace), committed by the system as it is touched.
+class Buffer {
+ public:
+  virtual ~Buffer() = default;
+  void* data() const { return data_; }
+  int64_t num_bytes() const { return num_bytes_; }
+
+ protected:
+  void* data_ = nullptr;
+  int64_t num_bytes_ = 0;
+};
+
+// A matrix [N, K] in the layout that the backend's product streams. Opaque outside the backend.
+class Weight {
+ public:
+  virtual ~Weight() = default;
+  int64_t num_outputs() const { return num_outputs_; }  // N
+  int64_t num_inputs() const { return num_inputs_; }    // K
+  DType dtype() const { return dtype_; }
+  virtual int64_t num_bytes() const = 0;
+
+ protected:
+  int64_t num_outputs_ = 0, num_inputs_ = 0;
+  DType dtype_ = DType::f32;
+};
+
+// R ragged rows of one step: chunks of prompts and trees of several sequences side by side.
+// Row r sees the slots [0, prefix_len) and the slots prefix_len + j for each bit j of its ancestors (itself included),
+// in that order; that order is the logical one: prefix_len + popcount(ancestors) == position + 1.
+// A row of a prompt chunk has slot == position, prefix_len == position + 1 and no ancestor bits.
+// Rows of one sequence are adjacent.
+struct Rows {
+  int num_rows = 0;
+  const int32_t* token = nullptr;           // [R]
+  const int32_t* sequence = nullptr;        // [R] line of the page table
+  const int32_t* position = nullptr;        // [R] logical position
+  const int32_t* slot = nullptr;            // [R] where its K and V are written, in tokens from the sequence's start
+  const int32_t* prefix_len = nullptr;      // [R]
+  const AncestorBits* ancestors = nullptr;  // [R]
+};
+
+struct KvShape {
+  int num_layers = 0, num_kv_heads = 0, head_dim = 0;
+  DType dtype = DType::f32;
+  int num_pages = 0;
+  int64_t page_bytes() const {  // K and V of one page, all layers
+    return int64_t{2} * num_layers * num_kv_heads * kPageTokens * head_dim * dtype_bytes(dtype);
+  }
+};
+
+// Paged cache [layer][K|V][page][kv_head][64 * D]; the order inside a (page, head) block is the backend's own.
+struct KvCache {
+  KvShape shape;
+  std::unique_ptr<Buffer> buffer;
+  const int32_t* page_table = nullptr;  // [sequences, max_pages] device; page of slot s is [sequence][s / 64]
+  int max_pages = 0;                    // per sequence
+};
+
+struct KvMove {  // row(len + i) = row(len + path[i]) for i in [0, n)
+  int32_t sequence = 0, len = 0, n = 0;
+  const int32_t* path = nullptr;  // strictly increasing
+};
+
+struct VerifyItem {  // one sequence's tree and the logits that judge it
+  const DraftTree* tree = nullptr;
+  int first_row = 0;  // row first_row + v of the logits is node v
+  const SamplingParams* sampling = nullptr;
+  std::span<const int32_t> tokens;  // prompt and all emitted tokens; the last one is the root
+  std::span<const int32_t> eos_ids;
+  int max_tokens = 1;            // emit no more than this, >= 1
+  Accepted* accepted = nullptr;  // out; cut after the first end-of-sequence token
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual std::string name() const = 0;    // "cpu"
+  virtual std::string detail() const = 0;  // "avx512, 2 threads"
+  virtual int threads() const = 0;         // 1 on a device that has its own
+  virtual void synchronize() = 0;
+
+  std::unique_ptr<Buffer> allocate(int64_t num_bytes);  // zero-filled, 64-byte aligned; OutOfMemory
+  // An empty [N, K] matrix stored as `dtype`; fill every row with pack().
+  std::unique_ptr<Weight> make_weight(int64_t num_outputs, int64_t num_inputs, DType dtype);
+  // Rows [first_output, first_output + src.size(0)) = src [n, K] (f32 | f16 | bf16, host), rounded to nearest even.
+  void pack(Weight& weight, int64_t first_output, TensorView src);
+  KvCache make_kv_cache(const KvShape& shape);
+  // Element type in which `linear` wants its input for this weight type: bf16 for bf16, else f32.
+  DType activation_dtype(DType weight_dtype) const;
+
+  // out [R, d] f32 = scale * weight[tokens[r], :].  weight [V, d]; tokens [R] i32, each in [0, V).
+  void embed(TensorView tokens, const Weight& weight, float scale, TensorView out);
+
+  // out [R, d] f32 | bf16 = x * rsqrt(mean(x^2) + eps) * gain.   x [R, d] f32, gain [d] f32
+  void rms_norm(TensorView x, TensorView gain, float eps, TensorView out);
+
+  // out [R, N] f32 = (accumulate ? out : 0) + x W^T + bias.   x [R, K] activation_dtype(W), bias [N] f32 or null.
+  // One fixed order over K for every (row, output), whatever R is; f32 sums.
+  void linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate, TensorView out);
+
+  // cos, sin [R, rotary_dim / 2] f32 at each row's position. prompt_len [R] i32 is read by dynamic scaling only.
+  void rope_table(const Rows& rows, const RopeConfig& rope, TensorView prompt_len, TensorView cos, TensorView sin);
+
+  // Splits qkv [R, (H + 2 Hkv) D] f32, norms q and k heads (gains [D] f32, or null), rotates them, writes q [R, H, D]
+  // (activation dtype of the cache's dtype) and puts K and V into the cache at each row's slot, rounded to the cache's dtype.
+  void rope_write(TensorView qkv, const Rows& rows, TensorView cos, TensorView sin, TensorView q_gain, TensorView k_gain,
+                  float eps, KvCache& cache, int layer, TensorView q);
+
+  // Attention of each row over what it sees (struct Rows), scale * q.k, softmax and sums in f32.
+  // q [R, H, D] as rope_write left it; out [R, H, D] f32 | bf16. window: row at p sees positions > p - window; 0: all.
+  void tree_attention(TensorView q, const KvCache& cache, int layer, const Rows& rows, float scale, int window, TensorView out);
+
+  // out [R, F] f32 | bf16 = act(gate) * up.   gate_up [R, 2F] f32, gate first
+  void gated_activation(TensorView gate_up, Activation activation, TensorView out);
+
+  // u [R, d] f32 += silu(y [R, d] f32); copy [R, d] f32 | bf16 = u. The block of a Medusa head.
+  void residual_silu(TensorView y, TensorView u, TensorView copy);
+
+  // out [n, d] = x[index[i], :], converting f32 to out's dtype (f32 | bf16).   index [n] i32
+  void gather_rows(TensorView x, TensorView index, TensorView out);
+
+  // ids, values [R, k]: the k greatest of each row of x [R, V] f32, ties to the lower id, in falling order. k <= 256.
+  void top_k(TensorView x, TensorView ids, TensorView values);
+
+  // Walks each tree along the model's own choices (exact), or takes the deepest typical path. logits [N, V] f32; waits.
+  void verify(TensorView logits, std::span<const VerifyItem> items);
+
+  // Accepted rows slide down to the end of the committed cache, all layers, K and V.
+  void compact_kv(KvCache& cache, std::span<const KvMove> moves);
+
+  // The first num_tokens slots of page src to page dst, all layers.
+  void copy_page(KvCache& cache, int src, int dst, int num_tokens);
+
+  // K and V [Hkv, D] f32 (host) of one slot, whatever the cache's layout: for tests. Waits.
+  void read_kv(const KvCache& cache, int layer, int sequence, int slot, float* k, float* v);
+
+ protected:
+  virtual std::unique_ptr<Buffer> do_allocate(int64_t num_bytes) = 0;
+  virtual std::unique_ptr<Weight> do_make_weight(int64_t num_outputs, int64_t num_inputs, DType dtype) = 0;
+  virtual void do_pack(Weight& weight, int64_t first_output, TensorView src) = 0;
+
+ private:
+  virtual void do_embed(TensorView tokens, const Weight& weight, float scale, TensorView out) = 0;
+  virtual void do_rms_norm(TensorView x, TensorView gain, float eps, TensorView out) = 0;
+  virtual void do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate, TensorView out) = 0;
+  virtual void do_rope_table(const Rows& rows, const RopeConfig& rope, TensorView prompt_len, TensorView cos,
+                             TensorView sin) = 0;
+  virtual void do_rope_write(TensorView qkv, const Rows& rows, TensorView cos, TensorView sin, TensorView q_gain,
+                             TensorView k_gain, float eps, KvCache& cache, int layer, TensorView q) = 0;
+  virtual void do_tree_attention(TensorView q, const KvCache& cache, int layer, const Rows& rows, float scale,
+                                 int window, TensorView out) = 0;
+  virtual void do_gated_activation(TensorView gate_up, Activation activation, TensorView out) = 0;
+  virtual void do_residual_silu(TensorView y, TensorView u, TensorView copy) = 0;
+  virtual void do_gather_rows(TensorView x, TensorView index, TensorView out) = 0;
+  virtual void do_top_k(TensorView x, TensorView ids, TensorView values) = 0;
+  virtual void do_verify(TensorView logits, std::span<const VerifyItem> items) = 0;
+  virtual void do_compact_kv(KvCache& cache, std::span<const KvMove> moves) = 0;
+  virtual void do_copy_page(KvCache& cache, int src, int dst, int num_tokens) = 0;
+  virtual void do_read_kv(const KvCache& cache, int layer, int sequence, int slot, float* k, float* v) = 0;
+};
+
+struct BackendOptions {
+  std::string device = "cpu";
+  int threads = 0;  // 0: all processors this process may use
+  std::string isa;  // "" picks the best; "generic" | "avx2" | "avx512"
+};
+
+std::shared_ptr<Backend> make_backend(const BackendOptions& options);
+
+// CPU instruction sets that this build has and this machine runs, slowest first.
+std::vector<std::string> available_isas();
+
+}  // namespace medusa

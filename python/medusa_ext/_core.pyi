@@ -1,0 +1,280 @@
+"""The compiled module. Arrays are NumPy (C-contiguous); bf16 travels as uint16. Calls release the interpreter lock."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+class InternalError(RuntimeError): ...
+
+class Backend:
+    """A device and its threads. isa: "" picks the best; "generic", "avx2", "avx512"; MEDUSA_CPU_ISA overrides ""."""
+
+    def __init__(self, device: str = "cpu", *, threads: int = 0, isa: str = "") -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def detail(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+
+def available_isas() -> list[str]:
+    """Instruction sets that this build has and this machine runs, slowest first."""
+
+class SafetensorsFile:
+    """A mapped safetensors file, checked on opening: header, offsets, overlaps, sizes. ValueError names file and tensor."""
+
+    def __init__(self, path: str) -> None: ...
+    @property
+    def metadata(self) -> dict[str, str]: ...
+    def names(self) -> list[str]: ...
+    def dtype(self, name: str) -> str:
+        """As in the file: "F32", "F16", "BF16", "I32", "I64", "F8_E4M3", ..."""
+    def shape(self, name: str) -> list[int]: ...
+    def array(self, name: str) -> NDArray[Any]:
+        """A read-only view of the mapping (BF16 as uint16, other odd types as uint8 with a last axis of bytes)."""
+    def release(self, name: str) -> None:
+        """Drop the pages of this tensor from resident memory; later reads map them again."""
+
+class ModelBuilder:
+    """See csrc/medusa/model.h for the tensor names. config: JSON of ModelConfig. dtype: "bf16", "f16", "f32"."""
+
+    def __init__(self, config: str, dtype: str, backend: Backend) -> None: ...
+    def add(self, name: str, array: NDArray[Any], dtype: str | None = None) -> None:
+        """dtype: of the elements, needed for uint16 arrays that hold bf16 ("bf16"); else taken from the array."""
+    def finish(self) -> Model: ...
+
+class Model:
+    @property
+    def config(self) -> str:
+        """ModelConfig as JSON."""
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def kv_bytes_per_token(self) -> int: ...
+    @property
+    def backend(self) -> Backend: ...
+
+def load_model(path: str, dtype: str, backend: Backend) -> Model:
+    """Read a file that `medusa-ext export` wrote."""
+
+def random_model(config: str, dtype: str, seed: int, backend: Backend) -> Model: ...
+def score(
+    model: Model, tokens: Sequence[int], chunk: int, logits: NDArray[np.float32] | None, hidden: NDArray[np.float32] | None
+) -> None:
+    """Fill logits [S, V] and hidden [S, d] (after the final norm); None leaves one out."""
+
+class TreeSpec:
+    """Node 0 is the root; then the paths sorted by (length, path)."""
+
+    @staticmethod
+    def from_paths(paths: Sequence[Sequence[int]]) -> TreeSpec: ...
+    @property
+    def num_nodes(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    def num_ranks(self, depth: int) -> int: ...
+    def paths(self) -> list[list[int]]: ...
+    def parents(self) -> list[int]: ...
+    def depths(self) -> list[int]: ...
+
+class DraftInput:
+    request: int
+    tokens: list[int]
+    max_nodes: int
+    max_depth: int
+    has_hidden: bool
+
+class Drafter:
+    """Base of all drafters. In Python: subclass, define draft(inputs) -> [(tokens, parents)] without the root
+    (parents index the tree, 0 = root), and max_nodes. Guesses never change the output."""
+
+    def __init__(self) -> None: ...
+    @property
+    def max_nodes(self) -> int: ...
+    def draft(self, inputs: list[DraftInput]) -> list[tuple[list[int], list[int]]]: ...
+    def on_finish(self, request: int) -> None: ...
+
+def medusa_drafter(model: Model, tree: TreeSpec) -> Drafter: ...
+def prompt_lookup_drafter(
+    *, max_ngram: int = 4, min_ngram: int = 2, max_nodes: int = 16, max_depth: int = 10, max_matches: int = 4
+) -> Drafter: ...
+
+class SamplingParams:
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        sample_index: int = 0,
+        acceptance: str = "exact",
+        epsilon: float = 0.09,
+        delta: float = 0.3,
+    ) -> None:
+        """ValueError names the field, the value and the allowed range."""
+
+class RequestStats:
+    prompt_tokens: int
+    reused_tokens: int
+    steps: int
+    set_backs: int
+    accepted_lengths: list[int]
+    prefill_s: float
+    decode_s: float
+
+class Event:
+    request: int
+    tokens: list[int]
+    finish: str | None  # None while running; "stop", "length", "cancelled"
+    stats: RequestStats  # complete with the last event
+
+class SessionStats:
+    active: int
+    waiting: int
+    pages_used: int
+    pages_total: int
+    pages_cached: int
+    steps: int
+    set_backs: int
+    compactions_across_pages: int
+    weight_bytes: int
+    cache_bytes: int
+    workspace_bytes: int
+
+class Session:
+    """Safe from any thread. step() runs one pass and returns the events of it; an empty list when idle."""
+
+    def __init__(
+        self,
+        model: Model,
+        drafter: Drafter | None,
+        *,
+        max_batch: int = 8,
+        max_context: int = 0,
+        cache_tokens: int = 0,
+        prefill_chunk: int = 512,
+    ) -> None: ...
+    @property
+    def max_context(self) -> int: ...
+    def submit(
+        self,
+        tokens: Sequence[int],
+        *,
+        max_new_tokens: int = 0,
+        sampling: SamplingParams | None = None,
+        eos_ids: Sequence[int] = (),
+        reuse_prefix: bool = True,
+    ) -> int:
+        """ValueError on an empty prompt, a token outside the vocabulary, a prompt of max_context tokens or more."""
+    def step(self) -> list[Event]: ...
+    def cancel(self, request: int) -> bool: ...
+    @property
+    def idle(self) -> bool: ...
+    def stats(self) -> SessionStats: ...
+
+class KvCache:
+    """Test access to a paged cache: values as float32, whatever the backend's layout."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: str,
+        page_table: NDArray[np.int32],
+        num_pages: int,
+    ) -> None:
+        """page_table [sequences, max_pages]; every element of the cache starts as NaN."""
+    def read(self, layer: int, sequence: int, slot: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """K and V [Hkv, D] of one slot."""
+
+class ops:
+    """Every op of csrc/medusa/backend.h on NumPy arrays (namespace of static functions), for tests and experiments.
+
+    rows: dict of arrays token, sequence, position, slot, prefix_len [R] i32 and ancestors [R, 4] u64.
+    Activations go in and out as float32; where the op's type is bf16 they are rounded on the way in
+    (to nearest even) and widened on the way out.
+    """
+
+    @staticmethod
+    def pack_unpack(backend: Backend, weight: NDArray[Any], dtype: str, src_dtype: str | None = None) -> NDArray[np.float32]:
+        """What the packed weight holds, read back through embed: [N, K] f32."""
+    @staticmethod
+    def embed(backend: Backend, tokens: NDArray[np.int32], weight: NDArray[np.float32], dtype: str, scale: float) -> NDArray[np.float32]: ...
+    @staticmethod
+    def rms_norm(backend: Backend, x: NDArray[np.float32], gain: NDArray[np.float32], eps: float, out_dtype: str) -> NDArray[np.float32]: ...
+    @staticmethod
+    def linear(
+        backend: Backend,
+        x: NDArray[np.float32],
+        weight: NDArray[np.float32],
+        dtype: str,
+        bias: NDArray[np.float32] | None = None,
+        residual: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]: ...
+    @staticmethod
+    def rope_table(backend: Backend, positions: NDArray[np.int32], prompt_len: NDArray[np.int32], rope: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """rope: JSON of RopeConfig."""
+    @staticmethod
+    def rope_write(
+        backend: Backend,
+        qkv: NDArray[np.float32],
+        rows: dict[str, NDArray[Any]],
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
+        q_gain: NDArray[np.float32] | None,
+        k_gain: NDArray[np.float32] | None,
+        eps: float,
+        cache: KvCache,
+        layer: int,
+    ) -> NDArray[np.float32]:
+        """q [R, H, D]."""
+    @staticmethod
+    def tree_attention(
+        backend: Backend, q: NDArray[np.float32], cache: KvCache, layer: int, rows: dict[str, NDArray[Any]], scale: float, window: int, out_dtype: str
+    ) -> NDArray[np.float32]: ...
+    @staticmethod
+    def gated_activation(backend: Backend, gate_up: NDArray[np.float32], activation: str, out_dtype: str) -> NDArray[np.float32]: ...
+    @staticmethod
+    def residual_silu(backend: Backend, y: NDArray[np.float32], u: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    @staticmethod
+    def gather_rows(backend: Backend, x: NDArray[np.float32], index: NDArray[np.int32], out_dtype: str) -> NDArray[np.float32]: ...
+    @staticmethod
+    def top_k(backend: Backend, x: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
+    @staticmethod
+    def compact_kv(backend: Backend, cache: KvCache, moves: list[tuple[int, int, list[int]]]) -> None:
+        """moves: (sequence, len, path)."""
+    @staticmethod
+    def copy_page(backend: Backend, cache: KvCache, src: int, dst: int, num_tokens: int) -> None: ...
+    @staticmethod
+    def verify(
+        backend: Backend,
+        logits: NDArray[np.float32],
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        history: Sequence[int] = (),
+        eos_ids: Sequence[int] = (),
+        max_tokens: int = 1 << 30,
+    ) -> tuple[list[int], list[int]]:
+        """One tree (tokens and parents with the root first, parent -1); history: the text before the root. (path, tokens)."""
+    @staticmethod
+    def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...
+    @staticmethod
+    def gumbel(x: NDArray[np.uint32]) -> NDArray[np.float32]:
+        """G of the 32-bit words x, by the shared polynomial."""
+    @staticmethod
+    def noise(seed: int, sample_index: int, position: int, vocab: int) -> NDArray[np.uint32]:
+        """The words x of ids 0 .. vocab - 1."""

@@ -1,0 +1,330 @@
+"""The engine: a loaded model that completes prompts, one step of several tokens at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medusa_ext import _core
+from medusa_ext.answers import Answer, Stream, Submission, complete
+from medusa_ext.chat import Chat
+from medusa_ext.detokenize import DetokenizerFactory
+from medusa_ext.loading import load_model
+from medusa_ext.options import Options, choice, integer, parse_options, shown
+from medusa_ext.prompts import PromptEncoder
+from medusa_ext.pump import Pump
+from medusa_ext.text_builder import TextBuilder
+from medusa_ext.trees import resolve_tree
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from medusa_ext.options import GenerateOptions
+
+ISAS = ("", "generic", "avx2", "avx512")
+
+
+class Engine:
+    """A model, its drafter, and a cache. Any number of threads may use one engine; a forked process may not.
+
+    Args:
+        model: a directory, a `.gguf` file, a file that `medusa-ext export` wrote, a hub id, or "demo".
+        heads: a directory or hub id of Medusa heads, "prompt-lookup", None for plain decoding, or "auto": the heads
+            that come with the model, else prompt lookup.
+        device: "auto" or "cpu".
+        dtype: of weights and cache: "auto" (as in the file), "bf16", "f16" or "f32".
+        tree: "auto", the name of a tree, or a list of paths; for Medusa heads only.
+        max_batch: sequences that decode side by side; more requests wait.
+        max_context: tokens of prompt and output together; None: the model's own.
+        threads: of the CPU; None: one per core that this process may use.
+        cache_tokens: tokens of all sequences that the cache holds; None: min(max_batch * max_context, 16384).
+        prefill_chunk: tokens of a prompt that one step takes at most.
+        isa: instruction set of the kernels, "" for the best: "generic", "avx2" or "avx512".
+        drafter: your own `medusa_ext.Drafter`, instead of heads.
+        local_files_only: never ask the network for a hub id.
+
+    Raises:
+        ValueError: an argument is impossible, or the model cannot be loaded; nothing stays behind.
+        NotImplementedError: the device is one that this build has no backend for.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        heads: str | os.PathLike[str] | None = "auto",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        tree: str | Sequence[Sequence[int]] = "auto",
+        max_batch: int = 8,
+        max_context: int | None = None,
+        threads: int | None = None,
+        cache_tokens: int | None = None,
+        prefill_chunk: int = 512,
+        isa: str = "",
+        drafter: _core.Drafter | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        self._pump: Pump | None = None
+        if device == "cuda":
+            raise NotImplementedError('device "cuda": this build has no CUDA backend; use device="cpu"')
+        choice("device", device, ("auto", "cpu"))
+        choice("dtype", dtype, ("auto", "bf16", "f16", "f32"))
+        choice("isa", isa, ISAS)
+        session_options = {
+            "max_batch": integer("max_batch", max_batch, 1, 1024),
+            "max_context": 0 if max_context is None else integer("max_context", max_context, 2),
+            "cache_tokens": 0 if cache_tokens is None else integer("cache_tokens", cache_tokens, 1),
+            "prefill_chunk": integer("prefill_chunk", prefill_chunk, 1),
+        }
+        num_threads = 0 if threads is None else integer("threads", threads, 1, 1024)
+        if drafter is not None:
+            if not isinstance(drafter, _core.Drafter):
+                raise ValueError(f"drafter must be a medusa_ext.Drafter, got {shown(drafter)}")
+            if heads not in ("auto", None):
+                raise ValueError(f"give heads or a drafter, not both; got heads={heads!r}")
+            heads = None
+
+        backend = _core.Backend("cpu", threads=num_threads, isa=isa)
+        loaded = load_model(model, heads, dtype=dtype, backend=backend, local_files_only=local_files_only)
+        config = json.loads(loaded.model.config)
+        own_context = config["max_context"]
+        if max_context is not None and max_context > own_context:
+            raise ValueError(
+                f"max_context {max_context} is above the model's own {own_context}; give {own_context} or less"
+            )
+
+        self._model = loaded.model
+        self._config: dict[str, Any] = config
+        self._name = os.fspath(model)
+        self._tokenizer = loaded.tokenizer
+        self._eos_ids = tuple(loaded.eos_ids)
+        self._encoder = PromptEncoder(loaded.tokenizer, loaded.chat_template, config["vocab_size"])
+        self._detokenizers = DetokenizerFactory(loaded.tokenizer)
+        self._tree: _core.TreeSpec | None = None
+        self._drafter, self._drafter_name = self._make_drafter(heads, tree, drafter)
+        self._session = _core.Session(self._model, self._drafter, **session_options)
+        self._pid = os.getpid()
+        self._pump = Pump(self._session)
+
+    def _make_drafter(
+        self, heads: str | os.PathLike[str] | None, tree: Any, drafter: _core.Drafter | None
+    ) -> tuple[_core.Drafter | None, str]:
+        num_heads = self._config["heads"]["num_heads"]
+        if drafter is None and heads is not None and num_heads:
+            self._tree = resolve_tree(tree, num_heads)
+            return _core.medusa_drafter(self._model, self._tree), f"{num_heads} Medusa heads"
+        if tree != "auto":
+            raise ValueError(f"tree {shown(tree)} needs Medusa heads, and there are none; leave tree out")
+        if drafter is not None:
+            return drafter, type(drafter).__name__
+        if heads is None:
+            return None, "none"
+        return _core.prompt_lookup_drafter(), "prompt lookup"
+
+    def generate(self, prompt: Any, **options: Unpack[GenerateOptions]) -> Any:
+        """Complete one prompt or a batch of prompts.
+
+        Args:
+            prompt: raw text, token ids (list or 1-D array), chat messages (list of dictionaries with "role" and
+                "content"), or a list of these. Text in a batch does not depend on what else is in the batch.
+            **options: see `Options` for names, meaning and allowed values.
+
+        Returns:
+            A `Result`; for a batch a list of them in the order of the prompts. With num_return_sequences n > 1 a list
+            in which the n samples of each prompt follow one another.
+
+        Raises:
+            TypeError: an option does not exist.
+            ValueError: a prompt or an option is not allowed; nothing was started.
+            RuntimeError: the engine is closed, or decoding failed.
+        """
+        pump = self._open_pump()
+        prompts, is_batch = self._encoder.encode_batch(prompt, self.max_context - 1)
+        checked = self._options(options, len(prompts))
+        submissions, answers = [], []
+        for prompt_index, tokens in enumerate(prompts):
+            for sample_index in range(checked.num_return_sequences):
+                submissions.append(self._submission(tokens, checked, prompt_index, sample_index))
+                answers.append(self._answer(checked))
+        results = complete(pump, submissions, answers)
+        return results if is_batch or checked.num_return_sequences > 1 else results[0]
+
+    def stream(self, prompt: Any, **options: Unpack[GenerateOptions]) -> Stream:
+        """Complete one prompt and receive the text in pieces as it becomes final.
+
+        Args:
+            prompt: as for `generate`, but one prompt.
+            **options: as for `generate`, with one sample.
+
+        Returns:
+            An iterator of `Piece`; joined they are exactly the text that `generate` gives, and the last one carries
+            the `Result`. Closing or dropping it ends the request.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `generate`, at once.
+        """
+        pump = self._open_pump()
+        prompts, is_batch = self._encoder.encode_batch(prompt, self.max_context - 1)
+        if is_batch:
+            raise ValueError(f"stream takes one prompt, got {len(prompts)}; use generate, or one stream each")
+        checked = self._options(options, 1)
+        if checked.num_return_sequences != 1:
+            raise ValueError(
+                f"stream gives one sample, got num_return_sequences={checked.num_return_sequences}; use generate"
+            )
+        return Stream(pump, self._submission(prompts[0], checked, 0, 0), self._answer(checked))
+
+    def chat(self, system: str | None = None) -> Chat:
+        """Begin a conversation.
+
+        Args:
+            system: the system message; None: what the model's chat template says without one.
+        """
+        self._open_pump()
+        return Chat(self, system)
+
+    def score(
+        self, prompt: Any, *, return_hidden: bool = False, chunk: int = 512
+    ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Run the model over a text without generating.
+
+        Args:
+            prompt: as for `generate`, but one prompt; S tokens, up to the model's own context.
+            return_hidden: return the hidden states too.
+            chunk: tokens that one pass takes at most; does not change the values.
+
+        Returns:
+            Logits [S, V] f32; row i judges the token that follows token i. With return_hidden the pair of the logits and
+            the hidden states after the final norm [S, d] f32. Both export DLPack.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        pump = self._open_pump()
+        prompts, is_batch = self._encoder.encode_batch(prompt, self._config["max_context"])
+        if is_batch:
+            raise ValueError(f"score takes one text, got {len(prompts)}; call it once for each")
+        integer("chunk", chunk, 1)
+        tokens = prompts[0]
+        logits = np.empty((len(tokens), self._config["vocab_size"]), np.float32)
+        hidden = np.empty((len(tokens), self._config["hidden_size"]), np.float32) if return_hidden else None
+        with pump.alone():  # the model's threads serve one caller at a time
+            _core.score(self._model, tokens, chunk, logits, hidden)
+        return logits if hidden is None else (logits, hidden)
+
+    def close(self) -> None:
+        """Give back the memory. Requests that still run in other threads end with an error."""
+        pump, self._pump = self._pump, None
+        if pump is not None:
+            pump.close()
+            del self._session, self._drafter, self._model
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and output together."""
+        self._open_pump()
+        return self._session.max_context
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer."""
+        return self._tokenizer
+
+    @property
+    def eos_token_id(self) -> tuple[int, ...]:
+        """The ids that end a text, from the model's generation config."""
+        return self._eos_ids
+
+    @property
+    def tree(self) -> list[list[int]] | None:
+        """Paths of the tree of guesses; None where the drafter makes its own or there is none."""
+        return None if self._tree is None else self._tree.paths()
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What was loaded: model, family, sizes, dtype, drafter, backend."""
+        self._open_pump()
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        return {
+            "model": self._name,
+            "family": self._config["family"],
+            **{name: self._config[name] for name in sizes},
+            "max_context": self.max_context,
+            "dtype": self._model.dtype,
+            "drafter": self._drafter_name,
+            "backend": f"{self._model.backend.name}, {self._model.backend.detail}",
+        }
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        """Bytes reserved for weights, cache and workspace, and what 1,000 tokens take in the cache."""
+        self._open_pump()
+        stats = self._session.stats()
+        return {
+            "weight_bytes": stats.weight_bytes,
+            "cache_bytes": stats.cache_bytes,
+            "workspace_bytes": stats.workspace_bytes,
+            "kv_bytes_per_1000_tokens": 1000 * self._model.kv_bytes_per_token,
+        }
+
+    def session_stats(self) -> _core.SessionStats:
+        """Return the session's counts: requests, pages, steps, set-backs."""
+        self._open_pump()
+        return self._session.stats()
+
+    def _options(self, given: Mapping[str, Any], num_prompts: int) -> Options:
+        return parse_options(given, num_prompts=num_prompts, vocab_size=self._config["vocab_size"])
+
+    def _answer(self, options: Options) -> Answer:
+        return Answer(self._open_pump(), TextBuilder(self._detokenizers.new(), options.stop_strings))
+
+    def _submission(
+        self, tokens: list[int], options: Options, prompt_index: int, sample_index: int
+    ) -> Submission:
+        sampling = options.sampling(prompt_index, sample_index)
+        eos_ids = self._eos_ids if options.eos_token_id is None else options.eos_token_id
+        session = self._session
+
+        def submit() -> int:
+            return session.submit(
+                tokens, max_new_tokens=options.max_new_tokens or 0, sampling=sampling, eos_ids=eos_ids
+            )
+
+        return submit
+
+    def _open_pump(self) -> Pump:
+        if self._pump is None:
+            raise RuntimeError("this engine is closed; make a new one")
+        if self._pid != os.getpid():
+            raise RuntimeError("this engine belongs to the process that made it; make one after the fork")
+        return self._pump
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an Engine cannot be pickled or copied; make one in each process from the same arguments")
+
+    def __repr__(self) -> str:
+        if self._pump is None:
+            return "Engine(closed)"
+        return (
+            f"Engine({self._name!r}, drafter={self._drafter_name!r}, dtype={self._model.dtype!r},"
+            f" max_context={self._session.max_context}, backend={self._model.backend.detail!r})"
+        )

@@ -1,0 +1,217 @@
+"""The options of a request: names, defaults, allowed values, and the errors of everything else."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from medusa_ext import _core
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+# What users of other engines type, where the nearest spelling would not find it.
+_OTHER_NAMES = {
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "do_sample": "temperature",
+    "stop": "stop_strings",
+    "n": "num_return_sequences",
+    "stop_token_ids": "eos_token_id",
+    "repeat_penalty": "repetition_penalty",
+    "typical_p": "acceptance",
+}
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword options of `Engine.generate`, `Engine.stream` and chat turns; names as in transformers' generation."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | Sequence[int]
+    stop_strings: str | Sequence[str] | None
+    eos_token_id: int | Sequence[int] | None
+    num_return_sequences: int
+    acceptance: str
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Checked options of one call.
+
+    Attributes:
+        max_new_tokens: tokens at most, end-of-sequence included; None: up to the end of the context.
+        temperature: >= 0; 0 takes the likeliest token.
+        top_k: keep the k likeliest ids; 0: all.
+        top_p: in (0, 1]; keep the likeliest ids up to this mass.
+        min_p: in [0, 1]; keep ids at least this likely, relative to the likeliest.
+        repetition_penalty: > 0; above 1 makes tokens of the text so far less likely.
+        seed: one number for every prompt, or one per prompt.
+        stop_strings: the text ends before the first of these.
+        eos_token_id: ids that end the text; None: the model's own.
+        num_return_sequences: samples per prompt.
+        acceptance: "exact", or "typical" (faster, changes the output).
+        epsilon: of typical acceptance, in [0, 1].
+        delta: of typical acceptance, >= 0.
+    """
+
+    max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | tuple[int, ...] = 0
+    stop_strings: tuple[str, ...] = ()
+    eos_token_id: tuple[int, ...] | None = None
+    num_return_sequences: int = 1
+    acceptance: str = "exact"
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    def sampling(self, prompt_index: int, sample_index: int) -> _core.SamplingParams:
+        """Return the parameters of one sample of one prompt."""
+        return _core.SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed if isinstance(self.seed, int) else self.seed[prompt_index],
+            sample_index=sample_index,
+            acceptance=self.acceptance,
+            epsilon=self.epsilon,
+            delta=self.delta,
+        )
+
+
+def parse_options(given: Mapping[str, Any], *, num_prompts: int, vocab_size: int) -> Options:
+    """Check the options of one call.
+
+    Args:
+        given: option names and values as the user typed them.
+        num_prompts: length of the batch, which a list of seeds must have.
+        vocab_size: V; end-of-sequence ids lie below it.
+
+    Raises:
+        TypeError: an option does not exist.
+        ValueError: a value is of the wrong type or outside its range.
+    """
+    names = list(GenerateOptions.__annotations__)
+    for name in given:
+        if name not in names:
+            near = _OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
+            hint = f"did you mean {near!r}?" if near else f"options are {', '.join(names)}"
+            raise TypeError(f"unknown option {name!r}; {hint}")
+
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        match name:
+            case "max_new_tokens":
+                values[name] = None if value is None else integer(name, value, 1, 2**31 - 1)
+            case "temperature":
+                values[name] = number(name, value, 0.0, 3.0e38)
+            case "top_k":
+                values[name] = integer(name, value, 0, 2**31 - 1)
+            case "top_p" | "repetition_penalty":
+                values[name] = number(name, value, 0.0, 1.0 if name == "top_p" else 3.0e38, open_low=True)
+            case "min_p" | "epsilon":
+                values[name] = number(name, value, 0.0, 1.0)
+            case "delta":
+                values[name] = number(name, value, 0.0, 3.0e38)
+            case "seed":
+                values[name] = _seed(value, num_prompts)
+            case "stop_strings":
+                values[name] = _stop_strings(value)
+            case "eos_token_id":
+                values[name] = _eos(value, vocab_size)
+            case "num_return_sequences":
+                values[name] = integer(name, value, 1, 2**31 - 1)
+            case "acceptance":
+                values[name] = choice(name, value, ("exact", "typical"))
+    options = Options(**values)
+    if options.acceptance == "typical":
+        defaults = Options()
+        filters = [
+            name
+            for name in ("top_k", "top_p", "min_p")
+            if getattr(options, name) != getattr(defaults, name)
+        ]
+        if filters:
+            raise ValueError(
+                f'{filters[0]} does not go with acceptance="typical", which draws no random number;'
+                ' leave it out or use acceptance="exact"'
+            )
+    return options
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return `value` as an int in [low, high]; ValueError names it otherwise."""
+    allowed = f"an integer of {low} or more" if high is None or high >= 2**31 - 1 else f"an integer in [{low}, {high}]"
+    try:
+        result = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}") from None
+    if isinstance(value, bool) or result < low or (high is not None and result > high):
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+    return result
+
+
+def number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    """Return `value` as a finite float in [low, high], or (low, high] with open_low; ValueError names it otherwise."""
+    if high < 1e38:
+        allowed = f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+    else:
+        allowed = f"a number above {low:g}" if open_low else f"a number of {low:g} or more"
+    try:
+        result = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        result = math.nan
+    if not low <= result <= high or (open_low and result == low):
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+    return result
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """Return `value` if it is one of the allowed strings; ValueError lists them otherwise."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}")
+    return value
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """Return `value` as an error message shows it: one line, cut."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _seed(value: Any, num_prompts: int) -> int | tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return integer("seed", value, 0, 2**64 - 1)
+    seeds = tuple(integer(f"seed[{index}]", seed, 0, 2**64 - 1) for index, seed in enumerate(value))
+    if len(seeds) != num_prompts:
+        raise ValueError(f"seed has {len(seeds)} numbers for {num_prompts} prompts; give one number or one per prompt")
+    return seeds
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    strings = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop_strings must be a non-empty string or a list of them, got {shown(value)}")
+    return tuple(strings)
+
+
+def _eos(value: Any, vocab_size: int) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    ids = value if isinstance(value, Sequence) else [value]
+    return tuple(integer("eos_token_id", token, 0, vocab_size - 1) for token in ids)

@@ -1,0 +1,114 @@
+"""From what the user passes as a prompt to token ids."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from medusa_ext.options import shown
+
+_ALLOWED = "a string, a list of token ids, a list of chat messages, or a list of these"
+
+
+class PromptEncoder:
+    """Turns strings, token ids and chat messages into token ids; any thread may use it.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        chat_template: Jinja source, or None for a model without one.
+        vocab_size: V; token ids lie in [0, V).
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()  # transformers changes the tokenizer's state while it encodes
+
+    def encode_batch(self, prompt: Any, max_tokens: int) -> tuple[list[list[int]], bool]:
+        """Return the token ids of every prompt, and whether the caller gave a batch.
+
+        Args:
+            prompt: one prompt or a list of prompts.
+            max_tokens: that a prompt may have.
+
+        Raises:
+            ValueError: a prompt is empty, too long, or none of the allowed kinds.
+        """
+        if isinstance(prompt, Mapping):
+            raise ValueError(f"a single message is no prompt; put it in a list: [{shown(dict(prompt))}]")
+        if not isinstance(prompt, str | Sequence | np.ndarray):
+            raise ValueError(f"the prompt must be {_ALLOWED}, got {type(prompt).__name__}")
+        if len(prompt) == 0:
+            raise ValueError(f"the prompt is empty; give {_ALLOWED}")
+        if isinstance(prompt, str) or isinstance(prompt[0], int | np.integer | Mapping):
+            return [self._checked(prompt, "the prompt", max_tokens)], False
+        return [
+            self._checked(item, f"prompt {index} of the batch", max_tokens)
+            for index, item in enumerate(prompt)
+        ], True
+
+    def _checked(self, prompt: Any, name: str, max_tokens: int) -> list[int]:
+        ids = self._encode(prompt, name)
+        if not ids:
+            raise ValueError(f"{name} is empty; give at least one token")
+        if len(ids) > max_tokens:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens, but the context has room for {max_tokens} and one new token;"
+                " shorten it, or raise max_context if the model's own is longer"
+            )
+        return ids
+
+    def _encode(self, prompt: Any, name: str) -> list[int]:
+        if isinstance(prompt, str):
+            return self.encode_text(prompt) if prompt else []
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            return self.encode_text(self.render(prompt), add_special_tokens=False)
+        if not isinstance(prompt, Sequence | np.ndarray):
+            raise ValueError(f"{name} must be a string, token ids or chat messages, got {shown(prompt)}")
+        ids = []
+        for index, token in enumerate(prompt):
+            if isinstance(token, bool) or not isinstance(token, int | np.integer):
+                raise ValueError(f"{name}: token id {index} must be an integer, got {shown(token)}")
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(
+                    f"{name}: token id {index} is {token}, outside the vocabulary [0, {self._vocab_size})"
+                )
+            ids.append(int(token))
+        return ids
+
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of raw text; special tokens as the tokenizer adds them by default."""
+        with self._lock:
+            encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return list(encoded["input_ids"])
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the text of a conversation up to where the answer begins.
+
+        Raises:
+            ValueError: a message lacks its role or content, the model has no chat template, or the template refuses.
+        """
+        for index, message in enumerate(messages):
+            fields = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else []
+            if not fields or not all(isinstance(field, str) for field in fields):
+                raise ValueError(
+                    f'message {index} must be {{"role": "user", "content": "..."}} with two strings, got {shown(message)}'
+                )
+        if not self._chat_template:
+            raise ValueError("this model has no chat template; pass a string or token ids instead of messages")
+        try:
+            with self._lock:
+                text: str = self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=self._chat_template,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+        return text

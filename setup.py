@@ -1,0 +1,50 @@
+"""Builds the extension with CMake and ninja; everything else stands in pyproject.toml."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeExtension(Extension):
+    """An extension module whose sources CMake knows."""
+
+    def __init__(self, name: str) -> None:
+        """Name the module as Python imports it."""
+        super().__init__(name, sources=[])
+
+
+class CMakeBuild(build_ext):
+    """Configure and build one CMake target per extension."""
+
+    def build_extension(self, ext: CMakeExtension) -> None:
+        """Build `ext` and leave it where setuptools expects it."""
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            "-DMEDUSA_BUILD_PYTHON=ON",
+            "-DPYBIND11_FINDPYTHON=ON",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+        ]
+        subprocess.run(configure, check=True)
+        target = ext.name.rpartition(".")[2]
+        subprocess.run(["cmake", "--build", str(build), "--target", target], check=True)
+
+
+setup(ext_modules=[CMakeExtension("medusa_ext._core")], cmdclass={"build_ext": CMakeBuild})

