@@ -1,5 +1,6 @@
 """Builds the extension with CMake and ninja; everything else stands in pyproject.toml."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: CMakeExtension) -> None:
         """Build `ext` and leave it where setuptools expects it."""
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        # An editable install keeps its objects, so that the next one compiles only what changed.
+        kept = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+        build = kept if self.editable_mode else Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
@@ -35,6 +38,7 @@ class CMakeBuild(build_ext):
             str(build),
             "-G",
             "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             "-DMEDUSA_BUILD_PYTHON=ON",
             "-DPYBIND11_FINDPYTHON=ON",

@@ -25,6 +25,8 @@ medusa_add_kernels(generic)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
   medusa_add_kernels(avx2 -mavx2 -mfma -mf16c -mbmi2)
   medusa_add_kernels(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni
-                     -mavx512vbmi -mfma -mf16c -mbmi2)
+                     -mavx512vbmi -mfma -mf16c -mbmi2
+                     # GCC 12 takes its own undefined-value intrinsics for uninitialised variables (GCC PR 105593).
+                     -Wno-maybe-uninitialized)
   target_compile_definitions(medusa_core PRIVATE MEDUSA_HAVE_X86_ISAS)
 endif()

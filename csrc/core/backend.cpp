@@ -3,6 +3,7 @@
 #include "medusa/backend.h"
 
 #include <initializer_list>
+#include <sstream>
 
 #include "medusa/error.h"
 
@@ -26,15 +27,20 @@ void check_view(const char* op, const char* name, const TensorView& view,
   for (const DType dtype : dtypes) known = known || view.dtype == dtype;
   if (ok && known && (view.data != nullptr || view.num_elements() == 0)) return;
 
-  std::string wanted;
-  for (const DType dtype : dtypes) wanted += (wanted.empty() ? "" : "|") + std::string(dtype_name(dtype));
-  wanted += " [";
-  axis = 0;
+  std::ostringstream wanted;
+  const char* separator = "";
+  for (const DType dtype : dtypes) {
+    wanted << separator << dtype_name(dtype);
+    separator = "|";
+  }
+  separator = " [";
   for (const int64_t size : shape) {
-    wanted += (axis++ == 0 ? "" : ", ") + (size == kAny ? std::string("any") : std::to_string(size));
+    wanted << separator;
+    size == kAny ? wanted << "any" : wanted << size;
+    separator = ", ";
   }
   throw ArgumentError(concat(op, ": ", name, " is ", dtype_name(view.dtype), " ", shape_string(view),
-                             ok && known ? " without data" : "", "; want ", wanted, "]"));
+                             ok && known ? " without data" : "", "; want ", wanted.str(), "]"));
 }
 
 void check_float(const char* op, DType dtype) {
@@ -238,6 +244,13 @@ void Backend::copy_page(KvCache& cache, int src, int dst, int num_tokens) {
   MEDUSA_CHECK_ARG(num_tokens >= 0 && num_tokens <= kPageTokens, "copy_page: num_tokens is ", num_tokens,
                    "; a page holds ", kPageTokens);
   if (num_tokens > 0) do_copy_page(cache, src, dst, num_tokens);
+}
+
+void Backend::read_kv(const KvCache& cache, int layer, int sequence, int slot, float* k, float* v) {
+  check_cache("read_kv", cache, layer);
+  MEDUSA_CHECK_ARG(sequence >= 0 && slot >= 0 && slot / kPageTokens < cache.max_pages && k && v,
+                   "read_kv: sequence ", sequence, ", slot ", slot, "; a sequence has ", cache.max_pages, " pages");
+  do_read_kv(cache, layer, sequence, slot, k, v);
 }
 
 }  // namespace medusa

@@ -22,7 +22,8 @@ constexpr std::array<std::pair<Activation, std::string_view>, 3> kActivations{{
     {Activation::gelu_tanh, "gelu_tanh"},
 }};
 
-// Reads the members of one JSON object by name and counts them, so that what nobody asked for is found.
+// Reads the members of one JSON object by name and counts them, so that what nobody asked for is
+// found.
 class Reader {
  public:
   Reader(const json::Value& value, std::string where)
@@ -223,8 +224,7 @@ void check_heads(const HeadsConfig& heads, int vocab_size) {
   if (heads.shared_lm_head) {
     MEDUSA_CHECK_ARG(heads.head_vocab == 0 || heads.head_vocab == vocab_size,
                      "config.heads.head_vocab: found ", heads.head_vocab,
-                     ", wanted 0 or vocab_size (", vocab_size,
-                     "), since shared_lm_head is true");
+                     ", wanted 0 or vocab_size (", vocab_size, "), since shared_lm_head is true");
   } else {
     check_range("config.heads.head_vocab", heads.head_vocab, 1, vocab_size);
   }
@@ -232,9 +232,7 @@ void check_heads(const HeadsConfig& heads, int vocab_size) {
 
 }  // namespace
 
-RopeConfig RopeConfig::from_json(const std::string& text) {
-  return read<RopeConfig>(text, "rope");
-}
+RopeConfig RopeConfig::from_json(const std::string& text) { return read<RopeConfig>(text, "rope"); }
 
 std::string RopeConfig::to_json() const { return write(*this); }
 
@@ -250,7 +248,8 @@ void RopeConfig::check(int head_dim) const {
   if (dynamic_factor == 0) return;
   MEDUSA_CHECK_ARG(dynamic_factor >= 1, "config.rope.dynamic_factor: found ", dynamic_factor,
                    ", wanted 0 (off) or at least 1");
-  MEDUSA_CHECK_ARG(inv_freq.size() >= 2, "config.rope.inv_freq: found 1 value, wanted 2 or more "
+  MEDUSA_CHECK_ARG(inv_freq.size() >= 2,
+                   "config.rope.inv_freq: found 1 value, wanted 2 or more "
                    "with dynamic scaling");
   check_positive("config.rope.base", base);
   check_range("config.rope.original_context", original_context, 1, kMaxSize);
@@ -273,7 +272,8 @@ void ModelConfig::check() const {
   check_range("config.num_kv_heads", num_kv_heads, 1, 4096);
   MEDUSA_CHECK_ARG(num_heads % num_kv_heads == 0, "config.num_heads: found ", num_heads,
                    ", wanted a multiple of num_kv_heads (", num_kv_heads, ")");
-  check_range("config.head_dim", head_dim, 2, 4096);
+  MEDUSA_CHECK_ARG(head_dim >= 2 && head_dim <= 4096 && head_dim % 2 == 0,
+                   "config.head_dim: found ", head_dim, ", wanted an even number, 2 to 4096");
   check_range("config.max_context", max_context, 2, kMaxSize);
   check_not_negative("config.rms_norm_eps", rms_norm_eps);
   check_positive("config.embedding_scale", embedding_scale);

@@ -19,9 +19,7 @@ constexpr int64_t kMaxValues = int64_t{1} << 22;
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
 void append_utf8(uint32_t code, std::string& out) {
-  const auto tail = [&](int shift) {
-    out += static_cast<char>(0x80 | ((code >> shift) & 0x3F));
-  };
+  const auto tail = [&](int shift) { out += static_cast<char>(0x80 | ((code >> shift) & 0x3F)); };
   if (code < 0x80) {
     out += static_cast<char>(code);
   } else if (code < 0x800) {
@@ -213,7 +211,8 @@ class Parser {
     return code;
   }
 
-  // One character of two to four bytes; overlong forms, surrogates and codes above U+10FFFF are no UTF-8.
+  // One character of two to four bytes; overlong forms, surrogates and codes above U+10FFFF are no
+  // UTF-8.
   void parse_multibyte(std::string& out) {
     const auto lead = static_cast<unsigned char>(text_[at_]);
     const size_t length = lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : 2;
@@ -244,7 +243,8 @@ const T& get(const Data& data, const Value& value, std::string_view where, const
   return *found;
 }
 
-// std::from_chars of floats is missing from some standard libraries; a stream in the "C" locale is not.
+// std::from_chars of floats is missing from some standard libraries; a stream in the "C" locale is
+// not.
 bool read_float(const std::string& text, float& value) {
   std::istringstream in(text);
   in.imbue(std::locale::classic());

@@ -1,5 +1,5 @@
-// A strict JSON reader and writer (RFC 8259): what ModelConfig and safetensors headers need, no more.
-// SPDX-License-Identifier: Apache-2.0
+// A strict JSON reader and writer (RFC 8259): what ModelConfig and safetensors headers need, no
+// more. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstddef>
@@ -51,13 +51,13 @@ struct Member {
 
 inline Value::Value(Object value) : data_(std::move(value)) {}
 
-// Refuses what RFC 8259 refuses, and invalid UTF-8, duplicate keys, nesting below 32 levels and more than
-// 2^22 values. ArgumentError "<what>: byte <offset>: …".
+// Refuses what RFC 8259 refuses, and invalid UTF-8, duplicate keys, nesting below 32 levels and
+// more than 2^22 values. ArgumentError "<what>: byte <offset>: …".
 Value parse(std::string_view text, std::string_view what);
 
 const Value* find(const Value::Object& object, std::string_view key);  // null: absent
 
 std::string quote(std::string_view text);  // a JSON string; `text` is UTF-8
-std::string number(float value);           // the shortest text that reads back to the same bits; finite only
+std::string number(float value);  // the shortest text that reads back to the same bits; finite only
 
 }  // namespace medusa::json

@@ -33,8 +33,8 @@ TensorView view_of(const std::string& name, const SafetensorsTensor& tensor) {
       return view;
     }
   }
-  throw ArgumentError(concat("tensor ", name, ": found dtype ", tensor.dtype,
-                             ", wanted F32, F16, BF16 or I32"));
+  throw ArgumentError(
+      concat("tensor ", name, ": found dtype ", tensor.dtype, ", wanted F32, F16, BF16 or I32"));
 }
 
 // Values about N(0, scale^2): the sum of four uniform 16-bit parts of a hash of the index.
@@ -48,8 +48,8 @@ class NormalValues {
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
     x ^= x >> 31;
-    const auto sum = static_cast<int>((x & 0xFFFF) + ((x >> 16) & 0xFFFF) +
-                                      ((x >> 32) & 0xFFFF) + (x >> 48));
+    const auto sum =
+        static_cast<int>((x & 0xFFFF) + ((x >> 16) & 0xFFFF) + ((x >> 32) & 0xFFFF) + (x >> 48));
     constexpr float kStandard = 2.64289e-5f;  // 1 / the deviation of the sum: sqrt(3) / 2^16
     return static_cast<float>(sum - 2 * 0xFFFF) * kStandard;
   }
@@ -111,10 +111,10 @@ std::unique_ptr<Model> random_model(const ModelConfig& config, DType dtype, uint
       builder.add(name, filled(f32, DType::f32, shape, [&] { return 0.02f * normal.next(); }));
     } else if (const float scale = 1.0f / std::sqrt(static_cast<float>(shape[1]));
                dtype == DType::bf16) {
-      builder.add(name, filled(bf16, DType::bf16, shape, [&] {  // cut, not rounded: random anyway
-                    return static_cast<uint16_t>(
-                        std::bit_cast<uint32_t>(scale * normal.next()) >> 16);
-                  }));
+      builder.add(
+          name, filled(bf16, DType::bf16, shape, [&] {  // cut, not rounded: random anyway
+            return static_cast<uint16_t>(std::bit_cast<uint32_t>(scale * normal.next()) >> 16);
+          }));
     } else {
       builder.add(name, filled(f32, DType::f32, shape, [&] { return scale * normal.next(); }));
     }

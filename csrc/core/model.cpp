@@ -14,13 +14,9 @@
 namespace medusa {
 namespace {
 
-int64_t bytes_of(const std::unique_ptr<Weight>& weight) {
-  return weight ? weight->num_bytes() : 0;
-}
+int64_t bytes_of(const std::unique_ptr<Weight>& weight) { return weight ? weight->num_bytes() : 0; }
 
-int64_t bytes_of(const std::unique_ptr<Buffer>& buffer) {
-  return buffer ? buffer->num_bytes() : 0;
-}
+int64_t bytes_of(const std::unique_ptr<Buffer>& buffer) { return buffer ? buffer->num_bytes() : 0; }
 
 float widen_f16(uint16_t bits) {
   const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
@@ -160,14 +156,15 @@ struct ModelBuilder::State {
     for (size_t i = 0; i < map.size(); ++i) {
       MEDUSA_CHECK_ARG(map[i] >= 0 && map[i] < vocab_size, "tensor heads.token_map: element ", i,
                        " is ", map[i], ", wanted 0 to ", vocab_size - 1);
-      MEDUSA_CHECK_ARG(!seen[static_cast<size_t>(map[i])], "tensor heads.token_map: token ",
-                       map[i], " is listed twice");
+      MEDUSA_CHECK_ARG(!seen[static_cast<size_t>(map[i])], "tensor heads.token_map: token ", map[i],
+                       " is listed twice");
       seen[static_cast<size_t>(map[i])] = true;
     }
     model->token_map = std::move(map);
   }
 
-  // The backend reads whole elements, so rows at an odd address are moved to an even one first, a few at a time.
+  // The backend reads whole elements, so rows at an odd address are moved to an even one first, a
+  // few at a time.
   void fill_weight(const Slot& slot, const TensorView& tensor) {
     Backend& backend = *model->backend;
     const int64_t element_bytes = dtype_bytes(tensor.dtype);

@@ -80,9 +80,9 @@ SafetensorsTensor read_tensor(const json::Value& entry, const std::string& where
                    " values, wanted 2");
   const int64_t begin = offsets[0].as_int(where + " data_offsets");
   const int64_t end = offsets[1].as_int(where + " data_offsets");
-  MEDUSA_CHECK_ARG(begin >= 0 && begin <= end && end <= buffer_bytes, where,
-                   ": data_offsets are [", begin, ", ", end, "], but the file holds ",
-                   buffer_bytes, " bytes of tensors; it may be cut short");
+  MEDUSA_CHECK_ARG(begin >= 0 && begin <= end && end <= buffer_bytes, where, ": data_offsets are [",
+                   begin, ", ", end, "], but the file holds ", buffer_bytes,
+                   " bytes of tensors; it may be cut short");
 
   const int64_t num_bits = num_elements * dtype_bits(tensor.dtype, where);
   MEDUSA_CHECK_ARG(num_bits % 8 == 0 && num_bits / 8 == end - begin, where, ": ", num_elements,
@@ -119,7 +119,7 @@ SafetensorsFile::Mapping SafetensorsFile::map(const std::string& path) {
   // O_NONBLOCK: opening a pipe must not wait for a writer; it has no effect on regular files.
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   MEDUSA_CHECK_ARG(file >= 0, path, ": cannot open: ", std::strerror(errno));
-  struct stat info {};
+  struct stat info{};
   const bool regular = fstat(file, &info) == 0 && S_ISREG(info.st_mode);
   const size_t num_bytes = regular ? static_cast<size_t>(info.st_size) : 0;
   void* data = MAP_FAILED;
@@ -167,9 +167,8 @@ void SafetensorsFile::read_header() {
   }
   MEDUSA_CHECK_ARG(header_bytes <= kMaxHeaderBytes, at, "its first 8 bytes give a header of ",
                    header_bytes, " bytes, at most ", kMaxHeaderBytes, " are allowed");
-  MEDUSA_CHECK_ARG(header_bytes <= file_bytes - kLengthBytes, at, "the header takes ",
-                   header_bytes, " bytes, but the file has ", file_bytes,
-                   " in all; it may be cut short");
+  MEDUSA_CHECK_ARG(header_bytes <= file_bytes - kLengthBytes, at, "the header takes ", header_bytes,
+                   " bytes, but the file has ", file_bytes, " in all; it may be cut short");
 
   const std::string_view text(reinterpret_cast<const char*>(mapping_.get() + kLengthBytes),
                               header_bytes);
@@ -200,8 +199,8 @@ void SafetensorsFile::read_header() {
     const SafetensorsTensor& found = tensor(name);
     MEDUSA_CHECK_ARG(found.data >= next, path_, ": tensor ", shown(name),
                      " overlaps the one before it");
-    MEDUSA_CHECK_ARG(found.data == next, path_, ": ", found.data - next,
-                     " bytes before tensor ", shown(name), " belong to no tensor");
+    MEDUSA_CHECK_ARG(found.data == next, path_, ": ", found.data - next, " bytes before tensor ",
+                     shown(name), " belong to no tensor");
     next += found.num_bytes;
   }
   MEDUSA_CHECK_ARG(next == buffer + buffer_bytes, path_, ": the last ",

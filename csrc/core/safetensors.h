@@ -22,14 +22,15 @@ struct SafetensorsTensor {
 
 class SafetensorsFile {
  public:
-  // ArgumentError names the file, the tensor and the fault: a header that does not fit the file or is not valid
-  // JSON, an unknown dtype, bytes that disagree with the shape, offsets out of range, overlaps, holes.
+  // ArgumentError names the file, the tensor and the fault: a header that does not fit the file or
+  // is not valid JSON, an unknown dtype, bytes that disagree with the shape, offsets out of range,
+  // overlaps, holes.
   explicit SafetensorsFile(const std::string& path);
 
   const std::string& path() const { return path_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
-  const std::vector<std::string>& names() const { return names_; }   // in the order of their bytes
-  const SafetensorsTensor& tensor(std::string_view name) const;      // ArgumentError: not in the file
+  const std::vector<std::string>& names() const { return names_; }  // in the order of their bytes
+  const SafetensorsTensor& tensor(std::string_view name) const;  // ArgumentError: not in the file
 
   // Drops the whole pages inside this tensor from resident memory; later reads map them again.
   void release(std::string_view name) const;

@@ -35,14 +35,16 @@ class DetokenizerFactory:
     """Makes a `Detokenizer` for each text of one tokenizer; holds the tables they share.
 
     Args:
-        tokenizer: a transformers tokenizer backed by the tokenizers library.
+        tokenizer: a transformers tokenizer backed by the tokenizers library, or None: every text is empty.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a tokenizer of another kind.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if tokenizer is None:
+            return
         if self._backend is None:
             raise ValueError(
                 f"tokenizer {type(tokenizer).__name__} is not backed by the tokenizers library;"
@@ -58,6 +60,8 @@ class DetokenizerFactory:
 
     def new(self) -> Detokenizer:
         """Return a detokenizer that has seen no token yet."""
+        if self._backend is None:
+            return _NoText()
         if self._byte_level:
             return _ByteLevel(self._backend, self._special)
         return _Pieces(self._backend, self._special, self._anchor)
@@ -69,6 +73,16 @@ class DetokenizerFactory:
             if token is not None and self._backend.decode([token]) == word:
                 return (token,)
         return ()
+
+
+class _NoText:
+    """For a model without a tokenizer: token ids go in and out."""
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
 
 
 class _ByteLevel:

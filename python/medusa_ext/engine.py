@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ from medusa_ext.options import Options, choice, integer, parse_options, shown
 from medusa_ext.prompts import PromptEncoder
 from medusa_ext.pump import Pump
 from medusa_ext.text_builder import TextBuilder
-from medusa_ext.trees import resolve_tree
+from medusa_ext.trees import MAX_RANKS, Tree, resolve_tree
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,7 +38,7 @@ class Engine:
             that come with the model, else prompt lookup.
         device: "auto" or "cpu".
         dtype: of weights and cache: "auto" (as in the file), "bf16", "f16" or "f32".
-        tree: "auto", the name of a tree, or a list of paths; for Medusa heads only.
+        tree: of guesses from Medusa heads: "auto", a name, a JSON file, a list of paths, or a `TreeSpec`.
         max_batch: sequences that decode side by side; more requests wait.
         max_context: tokens of prompt and output together; None: the model's own.
         threads: of the CPU; None: one per core that this process may use.
@@ -62,7 +60,7 @@ class Engine:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        tree: str | Sequence[Sequence[int]] = "auto",
+        tree: Tree = "auto",
         max_batch: int = 8,
         max_context: int | None = None,
         threads: int | None = None,
@@ -91,22 +89,17 @@ class Engine:
             if heads not in ("auto", None):
                 raise ValueError(f"give heads or a drafter, not both; got heads={heads!r}")
             heads = None
+        if tree != "auto":
+            resolve_tree(tree, MAX_RANKS)  # refused before the weights are read; its depth is checked below
 
         backend = _core.Backend("cpu", threads=num_threads, isa=isa)
         loaded = load_model(model, heads, dtype=dtype, backend=backend, local_files_only=local_files_only)
-        config = json.loads(loaded.model.config)
-        own_context = config["max_context"]
-        if max_context is not None and max_context > own_context:
-            raise ValueError(
-                f"max_context {max_context} is above the model's own {own_context}; give {own_context} or less"
-            )
-
         self._model = loaded.model
-        self._config: dict[str, Any] = config
+        self._config = loaded.config
         self._name = os.fspath(model)
         self._tokenizer = loaded.tokenizer
         self._eos_ids = tuple(loaded.eos_ids)
-        self._encoder = PromptEncoder(loaded.tokenizer, loaded.chat_template, config["vocab_size"])
+        self._encoder = PromptEncoder(loaded.tokenizer, loaded.chat_template, self._config["vocab_size"])
         self._detokenizers = DetokenizerFactory(loaded.tokenizer)
         self._tree: _core.TreeSpec | None = None
         self._drafter, self._drafter_name = self._make_drafter(heads, tree, drafter)
@@ -115,11 +108,11 @@ class Engine:
         self._pump = Pump(self._session)
 
     def _make_drafter(
-        self, heads: str | os.PathLike[str] | None, tree: Any, drafter: _core.Drafter | None
+        self, heads: object, tree: Tree, drafter: _core.Drafter | None
     ) -> tuple[_core.Drafter | None, str]:
         num_heads = self._config["heads"]["num_heads"]
-        if drafter is None and heads is not None and num_heads:
-            self._tree = resolve_tree(tree, num_heads)
+        if num_heads:
+            self._tree = resolve_tree(tree, num_heads, vocab_size=self._config["heads"]["head_vocab"])
             return _core.medusa_drafter(self._model, self._tree), f"{num_heads} Medusa heads"
         if tree != "auto":
             raise ValueError(f"tree {shown(tree)} needs Medusa heads, and there are none; leave tree out")

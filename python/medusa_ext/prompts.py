@@ -18,7 +18,7 @@ class PromptEncoder:
     """Turns strings, token ids and chat messages into token ids; any thread may use it.
 
     Args:
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer, or None: prompts are token ids only.
         chat_template: Jinja source, or None for a model without one.
         vocab_size: V; token ids lie in [0, V).
     """
@@ -83,6 +83,8 @@ class PromptEncoder:
 
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of raw text; special tokens as the tokenizer adds them by default."""
+        if self._tokenizer is None:
+            raise ValueError("this model came without a tokenizer; pass token ids")
         with self._lock:
             encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return list(encoded["input_ids"])
@@ -99,7 +101,7 @@ class PromptEncoder:
                 raise ValueError(
                     f'message {index} must be {{"role": "user", "content": "..."}} with two strings, got {shown(message)}'
                 )
-        if not self._chat_template:
+        if self._tokenizer is None or not self._chat_template:
             raise ValueError("this model has no chat template; pass a string or token ids instead of messages")
         try:
             with self._lock:

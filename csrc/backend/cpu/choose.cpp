@@ -11,6 +11,7 @@
 #include "backend/cpu/choose.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -113,6 +114,11 @@ struct NoisyBest {
     }
   }
 };
+
+// At least gumbel_from_bits(word), for the price of counting bits: E >= u, so G <= -log u <= (33 - width) log 2.
+float gumbel_bound(uint32_t word) {
+  return static_cast<float>(33 - std::bit_width(word)) * 0.693148f + 1e-3f;
+}
 
 void penalise(std::vector<float>& scores, std::vector<uint64_t>& seen, int32_t token,
               float penalty) {
@@ -264,8 +270,9 @@ int32_t choose_token(const float* logits, int64_t vocab, const SamplingParams& s
                                       static_cast<uint32_t>(start / 4));
     for (int64_t i = start; i < end; ++i) {
       const float score = z[static_cast<size_t>(i)];
-      if (score + kMaxGumbel < best.value || score != score) continue;
-      best.offer(score + gumbel_from_bits(words.word[i - start]), static_cast<int32_t>(i));
+      const uint32_t word = words.word[i - start];
+      if (score + gumbel_bound(word) < best.value || score != score) continue;
+      best.offer(score + gumbel_from_bits(word), static_cast<int32_t>(i));
     }
   }
   return best.id;

@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face model -> the canonical ModelConfig (csrc/medusa/config.h), as a dict."""
+"""config.json of Hugging Face -> the canonical ModelConfig (csrc/medusa/config.h), as a dict."""
 
 import json
 import math
@@ -13,7 +13,11 @@ Config = dict[str, Any]
 # What transformers assumes where config.json is silent.
 _DEFAULTS: dict[str, Config] = {
     "llama": {"max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768},
     "qwen3": {
         "num_key_value_heads": 32,
@@ -36,7 +40,7 @@ class Fields:
     """Typed reading of a JSON object; every error names the file, the key and what was wanted."""
 
     def __init__(self, values: Config, where: str, defaults: Config | None = None) -> None:
-        """`defaults` serves keys that are absent; a null counts as absent only where a default is asked for."""
+        """`defaults` serves keys that are absent; a null stays a null."""
         self.values = {**(defaults or {}), **values}
         self.where = where
 
@@ -55,7 +59,12 @@ class Fields:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+            or value <= 0
+        ):
             raise self.error(key, value, "a number above 0")
         return float(value)
 
@@ -103,12 +112,15 @@ def from_hf(values: Config, where: str) -> Config:
     num_heads = fields.count("num_attention_heads")
     hidden = fields.count("hidden_size")
     if fields.get("head_dim") is None and hidden % num_heads:
-        raise LoadError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {num_heads}")
+        raise LoadError(
+            f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {num_heads}"
+        )
     head_dim = fields.count("head_dim", hidden // num_heads)
     num_kv_heads = fields.count("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise LoadError(
-            f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+            f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads "
+            f"{num_kv_heads}"
         )
     num_layers = fields.count("num_hidden_layers")
     act = fields.get("hidden_act", "silu")
@@ -155,14 +167,23 @@ def _family(values: Config, where: str) -> str:
 def _refuse_unsupported(fields: Fields, family: str) -> None:
     quantization = fields.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
         raise LoadError(
-            f"{fields.where}: quantization_config ({method}) is not supported; give the f32, f16 or bf16 weights, or a GGUF"
+            f"{fields.where}: quantization_config ({method}) is not supported; give the f32, f16 "
+            "or bf16 weights, or a GGUF"
         )
     if fields.get("pretraining_tp", 1) != 1:
-        raise fields.error("pretraining_tp", fields.get("pretraining_tp"), "1: weights split for training are not read")
+        raise fields.error(
+            "pretraining_tp",
+            fields.get("pretraining_tp"),
+            "1: weights split for training are not read",
+        )
     if family == "mistral" and len(set(fields.get("layer_types", []))) > 1:
-        raise LoadError(f"{fields.where}: layer_types of more than one kind are not supported for mistral")
+        raise LoadError(
+            f"{fields.where}: layer_types of more than one kind are not supported for mistral"
+        )
 
 
 def _rope_params(fields: Fields, max_context: int) -> Config:
@@ -171,7 +192,10 @@ def _rope_params(fields: Fields, max_context: int) -> Config:
     if not isinstance(scaling, dict):
         raise fields.error("rope_scaling", scaling, "an object")
     if any(isinstance(value, dict) for value in scaling.values()):
-        raise LoadError(f"{fields.where}: rope_parameters by layer type are not supported, only one set for all layers")
+        raise LoadError(
+            f"{fields.where}: rope_parameters by layer type are not supported, only one set for "
+            "all layers"
+        )
     params = dict(scaling)
     params["rope_type"] = scaling.get("rope_type", scaling.get("type")) or "default"
     params.setdefault("rope_theta", fields.get("rope_theta", 10000.0))
@@ -179,7 +203,9 @@ def _rope_params(fields: Fields, max_context: int) -> Config:
     if params["rope_type"] in ("llama3", "yarn"):
         # As in transformers: a value beside rope_parameters wins over the one inside.
         inside = params.get("original_max_position_embeddings", max_context)
-        params["original_max_position_embeddings"] = fields.get("original_max_position_embeddings", inside)
+        params["original_max_position_embeddings"] = fields.get(
+            "original_max_position_embeddings", inside
+        )
     return params
 
 
@@ -199,7 +225,11 @@ def _windows(fields: Fields, family: str, num_layers: int) -> list[int]:
             raise fields.error("max_window_layers", first, "a whole number")
         return [window if layer >= first else 0 for layer in range(num_layers)]
     known = {"full_attention": 0, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in known for kind in kinds):
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or not all(kind in known for kind in kinds)
+    ):
         raise fields.error("layer_types", kinds, f"{num_layers} of {', '.join(known)}")
     return [known[kind] for kind in kinds]
 
@@ -209,5 +239,7 @@ def eos_ids(values: object, vocab_size: int, where: str) -> list[int]:
     ids = [] if values is None else values if isinstance(values, list) else [values]
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise LoadError(f"{where}: eos_token_id {token!r} is no id below the vocabulary size {vocab_size}")
+            raise LoadError(
+                f"{where}: eos_token_id {token!r} is no id below the vocabulary size {vocab_size}"
+            )
     return list(dict.fromkeys(ids))

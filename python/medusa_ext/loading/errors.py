@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class LoadError(ValueError):
-    """A model, its heads or its tokenizer cannot be loaded: one line that says what, where and what is wanted."""
+    """A model, its heads or its tokenizer cannot be loaded: one line that says what and why."""
 
 
 def shape_text(shape: Sequence[int]) -> str:

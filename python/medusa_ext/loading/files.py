@@ -1,4 +1,4 @@
-"""Files of tensors, read one tensor at a time: safetensors, pickles, and arrays made on the spot."""
+"""Files of tensors, read one at a time: safetensors, pickles, and arrays made on the spot."""
 
 import ctypes
 import math
@@ -21,7 +21,7 @@ _SAFETENSORS_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "I32": "i32", 
 
 
 class TensorFile(Protocol):
-    """Tensors by name. Types are "f32", "f16", "bf16", "i32", "i64", or the file's own word for others."""
+    """Tensors by name. Types: "f32", "f16", "bf16", "i32", "i64", or the file's word for others."""
 
     @property
     def path(self) -> Path:
@@ -40,7 +40,7 @@ class TensorFile(Protocol):
         """As stored."""
 
     def read(self, name: str, dtype: str) -> tuple[NDArray[Any], str]:
-        """The values and their type, bf16 as uint16. A block-quantised tensor is expanded to `dtype`."""
+        """The values and their type, bf16 as uint16. Quantised blocks are expanded to `dtype`."""
 
     def release(self, name: str) -> None:
         """The values are not needed any more."""
@@ -90,14 +90,17 @@ class SafetensorsTensors:
 
 
 class PickledTensors:
-    """A .bin or .pt file: a pickle, opened by torch with weights_only=True, so that it cannot run code."""
+    """A .bin or .pt file: a pickle, opened by torch with weights_only=True: it cannot run code."""
 
     def __init__(self, path: Path) -> None:
         """Raises LoadError where torch is missing, or the file holds anything but named tensors."""
         try:
             import torch
         except ModuleNotFoundError:
-            raise LoadError(f'{path} is a pickle and needs torch; install it with: pip install "medusa-ext[torch]"') from None
+            raise LoadError(
+                f"{path} is a pickle and needs torch; install it with: pip install "
+                '"medusa-ext[torch]"'
+            ) from None
         self.path = path
         try:
             mapped = zipfile.is_zipfile(path)  # the older format cannot be mapped
@@ -106,11 +109,17 @@ class PickledTensors:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # torch raises whatever its parser met
             refused = "weights_only" in str(error) or "Unsupported" in str(error)
-            why = "it holds more than tensors, and code in checkpoints is never run" if refused else _first_line(error)
+            why = (
+                "it holds more than tensors, and code in checkpoints is never run"
+                if refused
+                else _first_line(error)
+            )
             raise LoadError(f"{path} cannot be read as a checkpoint: {why}") from None
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        if not isinstance(state, dict) or not all(
+            isinstance(value, torch.Tensor) for value in state.values()
+        ):
             raise LoadError(f"{path} holds a {type(state).__name__}; wanted tensors by name")
         self.mapped = mapped
         self.state: dict[str, Any] = {str(name): value.detach() for name, value in state.items()}
@@ -126,7 +135,13 @@ class PickledTensors:
     def dtype(self, name: str) -> str:
         """See TensorFile."""
         word = str(self.state[name].dtype).removeprefix("torch.")
-        known = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
+        known = {
+            "float32": "f32",
+            "float16": "f16",
+            "bfloat16": "bf16",
+            "int32": "i32",
+            "int64": "i64",
+        }
         return known.get(word, word)
 
     def num_bytes(self, name: str) -> int:
@@ -184,7 +199,8 @@ class ArrayTensors:
 def drop_pages(address: int, num_bytes: int) -> None:
     """Give clean pages of a read-only mapping back to the system; a later read maps them again.
 
-    Whole pages inside the range only: the borders may hold other tensors' values, which are cheap to keep.
+    Whole pages inside the range only: the borders may hold other tensors' values, which are cheap
+    to keep.
     """
     if sys.platform != "linux":
         return

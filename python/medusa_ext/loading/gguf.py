@@ -1,4 +1,4 @@
-"""GGUF files: configuration and tensors through the package `gguf`, block-quantised ones expanded as they are read."""
+"""GGUF files through the package `gguf`: configuration, and tensors expanded as they are read."""
 
 import math
 import mmap
@@ -33,24 +33,32 @@ _NAMES = {
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
 }
-_TOP = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+_TOP = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 
 
-class _Reader(gguf.GGUFReader):  # type: ignore[misc]
+class _Reader(gguf.GGUFReader):
     """The package's reader with two steps replaced: both are only ever called by the reader itself.
 
-    It makes a NumPy array of each element of each array: 2 s for the vocabulary of a small model. Here an array of
-    numbers is one part, and strings are views. It also trusts every length in the file, which is checked here.
+    It makes a NumPy array of each element of each array: 2 s for the vocabulary of a small model.
+    Here an array of
+    numbers is one part, and strings are views. It also trusts every length in the file, which is
+    checked here.
     """
 
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[Any], list[int], list[Any]]:
         array = gguf.GGUFValueType.ARRAY
         if raw_type != array:
             size, parts, indices, types = super()._get_field_parts(orig_offs, raw_type)
             if orig_offs + size > len(self.data) or size == 0:
                 raise ValueError(f"the metadata ends inside a value at byte {orig_offs}")
             return size, parts, indices, types
-        view = memoryview(self.data)
+        view = self.data.data
         item_type, num_items = struct.unpack_from("<IQ", view, orig_offs)
         item_type, offset = gguf.GGUFValueType(item_type), orig_offs + 12
         if item_type == gguf.GGUFValueType.STRING:
@@ -79,7 +87,8 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
             if end > len(self.data):
                 shape = "[" + ", ".join(str(size) for size in reversed(dims.tolist())) + "]"
                 raise ValueError(
-                    f"tensor {bytes(name).decode()} of shape {shape} ends at byte {end}, the file at {len(self.data)}"
+                    f"tensor {bytes(name).decode()} of shape {shape} ends at byte {end}, the file "
+                    f"at {len(self.data)}"
                 )
         super()._build_tensors(start_offs, fields)
 
@@ -94,10 +103,20 @@ class GgufFile:
             self.reader = _Reader(path)
         except OSError as error:
             raise LoadError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error, RecursionError) as error:
+        except (
+            ValueError,
+            KeyError,
+            IndexError,
+            TypeError,
+            OverflowError,
+            struct.error,
+            RecursionError,
+        ) as error:
             raise LoadError(f"{path} is no readable GGUF file: {error}") from None
         if self.reader.byte_order != "I":
-            raise LoadError(f"{path} was written for machines of the other byte order; that is not supported")
+            raise LoadError(
+                f"{path} was written for machines of the other byte order; that is not supported"
+            )
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         self.file_map = self.reader.data.base
 
@@ -157,8 +176,13 @@ class GgufFile:
                 values = gguf.dequantize(blocks, tensor.tensor_type)
             except NotImplementedError:
                 raise LoadError(
-                    f"{self.path}: tensor {name} is stored as {self.dtype(name)}, which the package gguf cannot expand"
+                    f"{self.path}: tensor {name} is stored as {self.dtype(name)}, which the "
+                    "package gguf cannot expand"
                 ) from None
+            if not np.isfinite(values).all():
+                raise LoadError(
+                    f"{self.path}: tensor {name} holds scales that are no finite numbers"
+                )
             out[first : first + rows] = round_bf16(values) if dtype == "bf16" else values
         return out
 
@@ -170,37 +194,55 @@ class GgufFile:
 
 
 def round_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """F32 -> bf16 bits, to nearest even. The values are finite: blocks hold no others."""
+    """F32 -> bf16 bits, to nearest even; the values are finite."""
     bits = np.ascontiguousarray(values).view(np.uint32)
-    return ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(np.uint16)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded: NDArray[np.uint32] = (bits + (np.uint32(0x7FFF) + odd)) >> np.uint32(16)
+    return rounded.astype(np.uint16)
 
 
 def read_config(file: GgufFile) -> Config:
     """The canonical configuration of a GGUF file, without heads."""
     family = file.field("general.architecture")
     if family not in FAMILIES:
-        raise LoadError(f"{file.path}: architecture {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise LoadError(
+            f"{file.path}: architecture {family!r} is not supported; supported are "
+            f"{', '.join(FAMILIES)}"
+        )
     fields = Fields(file.fields(f"{family}."), f"{file.path}: {family}")
     if fields.get("expert_count"):
-        raise LoadError(f"{file.path}: expert_count {fields.get('expert_count')}: mixtures of experts are not supported")
+        raise LoadError(
+            f"{file.path}: expert_count {fields.get('expert_count')}: mixtures of experts are not "
+            "supported"
+        )
     hidden, num_heads = fields.count("embedding_length"), fields.count("attention.head_count")
     head_dim = fields.count("attention.key_length", hidden // num_heads)
     if fields.count("attention.value_length", head_dim) != head_dim:
         raise LoadError(f"{file.path}: keys and values of different lengths are not supported")
     rotary_dim = fields.count("rope.dimension_count", head_dim)
     if rotary_dim != head_dim:
-        raise LoadError(f"{file.path}: rope.dimension_count {rotary_dim} is not supported, only head_dim {head_dim}")
+        raise LoadError(
+            f"{file.path}: rope.dimension_count {rotary_dim} is not supported, only head_dim "
+            f"{head_dim}"
+        )
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise LoadError(f"{file.path}: tensor token_embd.weight is missing; wanted shape [vocab_size, {hidden}]")
+        raise LoadError(
+            f"{file.path}: tensor token_embd.weight is missing; wanted shape [vocab_size, {hidden}]"
+        )
     num_layers, max_context = fields.count("block_count"), fields.count("context_length")
     params = _rope_params(fields, max_context)
     rope = canonical_rope(params, head_dim, max_context, str(file.path))
     if "rope_freqs.weight" in file.tensors:
         factors = TensorSet([file]).entry("", (head_dim // 2,), "rope_freqs.weight").read("f32")[0]
-        rope["inv_freq"] = [float(value) for value in np.asarray(rope["inv_freq"], np.float32) / factors]
-    # llama.cpp's own families llama (Mistral among them) and qwen have one window for all layers, or none.
-    window = fields.count("attention.sliding_window") if fields.get("attention.sliding_window") else 0
+        rope["inv_freq"] = [
+            float(value) for value in np.asarray(rope["inv_freq"], np.float32) / factors
+        ]
+    # llama.cpp's own families llama (Mistral among them) and qwen have one window for all layers,
+    # or none.
+    window = (
+        fields.count("attention.sliding_window") if fields.get("attention.sliding_window") else 0
+    )
     return {
         "family": family,
         "vocab_size": int(embedding.shape[1]),
@@ -234,7 +276,9 @@ def entries(file: GgufFile, config: Config) -> list[Entry]:
         convert: Convert | None = None
         part = name.split(".")[2] if name.startswith("layers.") else ""
         if config["family"] == "llama" and part in ("q_proj", "k_proj"):
-            convert = _halves_from_pairs(config["num_heads" if part == "q_proj" else "num_kv_heads"])
+            convert = _halves_from_pairs(
+                config["num_heads" if part == "q_proj" else "num_kv_heads"]
+            )
         plan.append(tensors.entry(name, shape, _stored_name(name), convert))
     # rope_freqs.weight went into the configuration.
     tensors.refuse_others((entry.key for entry in plan), lambda name: name == "rope_freqs.weight")
@@ -246,7 +290,10 @@ def eos_ids(file: GgufFile, vocab_size: int) -> list[int]:
     ids = [file.field(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     for token in ids:
         if token is not None and not 0 <= token < vocab_size:
-            raise LoadError(f"{file.path}: end-of-sequence id {token} is not below the vocabulary size {vocab_size}")
+            raise LoadError(
+                f"{file.path}: end-of-sequence id {token} is not below the vocabulary size "
+                f"{vocab_size}"
+            )
     return list(dict.fromkeys(int(token) for token in ids if token is not None))
 
 
@@ -268,7 +315,9 @@ def _rope_params(fields: Fields, max_context: int) -> Config:
         "factor": factor,
     }
     if kind == "yarn":
-        params["original_max_position_embeddings"] = fields.count("rope.scaling.original_context_length", max_context)
+        params["original_max_position_embeddings"] = fields.count(
+            "rope.scaling.original_context_length", max_context
+        )
         if fields.get("rope.scaling.attn_factor") is not None:
             # llama.cpp multiplies by it; transformers' attention_factor replaces the whole.
             magnitude = 0.1 * math.log(max(float(factor or 1.0), 1.0)) + 1.0
@@ -277,11 +326,12 @@ def _rope_params(fields: Fields, max_context: int) -> Config:
 
 
 def _halves_from_pairs(num_heads: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Undo llama.cpp's order of q and k rows: it rotates neighbours (2i, 2i + 1), we rotate (i, i + D / 2)."""
+    """Undo llama.cpp's order of q and k rows: neighbours (2i, 2i + 1) become (i, i + D / 2)."""
 
     def convert(array: NDArray[Any]) -> NDArray[Any]:
         rows, rest = array.shape[0], array.shape[1:]
         pairs = array.reshape(num_heads, rows // num_heads // 2, 2, *rest)
-        return pairs.swapaxes(1, 2).reshape(rows, *rest)
+        halves: NDArray[Any] = pairs.swapaxes(1, 2).reshape(rows, *rest)
+        return halves
 
     return convert

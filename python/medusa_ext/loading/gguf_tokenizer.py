@@ -2,7 +2,16 @@
 
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.gguf import GgufFile
@@ -44,8 +53,14 @@ def build(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
         tokenizer = _sentencepiece(file, tokens)
         adds_bos = file.field("tokenizer.ggml.add_bos_token", True)
     else:
-        raise LoadError(f"{file.path}: tokenizer {kind!r} is not supported; supported are gpt2, llama")
-    marked = [(token, type_) for token, type_ in zip(tokens, types, strict=True) if type_ in (_CONTROL, _USER_DEFINED)]
+        raise LoadError(
+            f"{file.path}: tokenizer {kind!r} is not supported; supported are gpt2, llama"
+        )
+    marked = [
+        (token, type_)
+        for token, type_ in zip(tokens, types, strict=True)
+        if type_ in (_CONTROL, _USER_DEFINED)
+    ]
     tokenizer.add_special_tokens([_whole(token) for token, type_ in marked if type_ == _CONTROL])
     tokenizer.add_tokens([_whole(token) for token, type_ in marked if type_ == _USER_DEFINED])
     settings = _settings(file, tokens)
@@ -61,7 +76,9 @@ def _pre(file: GgufFile) -> str:
     name = file.field("tokenizer.ggml.pre", "default")
     name = _ALIASES.get(name, name)
     if name not in _PRE:
-        raise LoadError(f"{file.path}: pre-tokenizer {name!r} is not supported; supported are {', '.join(_PRE)}")
+        raise LoadError(
+            f"{file.path}: pre-tokenizer {name!r} is not supported; supported are {', '.join(_PRE)}"
+        )
     return str(name)
 
 
@@ -69,7 +86,9 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in file.field("tokenizer.ggml.merges", [])]
     pre = _pre(file)
     tokenizer = _bpe(file, tokens, merges, ignore_merges=pre == "llama-bpe")
-    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS.get(pre, [])]
+    steps: list[Any] = [
+        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS.get(pre, [])
+    ]
     if pre == "smollm":
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     by_gpt2 = pre not in ("llama-bpe", "qwen2")
@@ -92,13 +111,22 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
         raise LoadError(f"{file.path}: {len(scores or [])} token scores for {len(tokens)} tokens")
     unknown = file.field("tokenizer.ggml.unknown_token_id", 0)
     tokenizer = _bpe(
-        file, tokens, merges, unk_token=tokens[_checked(file, unknown, tokens)], fuse_unk=True, byte_fallback=True
+        file,
+        tokens,
+        merges,
+        unk_token=tokens[_checked(file, unknown, tokens)],
+        fuse_unk=True,
+        byte_fallback=True,
     )
     prefixed = file.field("tokenizer.ggml.add_space_prefix", True)
     spaces: list[Any] = [normalizers.Replace(" ", _SPACE)]
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), *spaces] if prefixed else spaces)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(_SPACE), *spaces] if prefixed else spaces
+    )
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixed else steps)
+    tokenizer.decoder = decoders.Sequence(
+        [*steps, decoders.Strip(" ", 1, 0)] if prefixed else steps
+    )
     return tokenizer
 
 
@@ -116,7 +144,8 @@ def _bpe(file: GgufFile, tokens: list[str], merges: list[Any], **options: Any) -
 def _merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
     """The pairs that SentencePiece would join, best score of the result first.
 
-    Among pairs with one result those of the lower ids come first, as SentencePiece learnt them earlier.
+    Among pairs with one result those of the lower ids come first, as SentencePiece learnt them
+    earlier.
     """
     ids = {token: token_id for token_id, token in enumerate(tokens)}
     ranked = []
@@ -147,18 +176,27 @@ def _settings(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
 
 def _checked(file: GgufFile, token_id: int, tokens: list[str]) -> int:
     if not 0 <= token_id < len(tokens):
-        raise LoadError(f"{file.path}: special token id {token_id} is not below the vocabulary size {len(tokens)}")
+        raise LoadError(
+            f"{file.path}: special token id {token_id} is not below the vocabulary size "
+            f"{len(tokens)}"
+        )
     return int(token_id)
 
 
 def _add_borders(file: GgufFile, tokenizer: Tokenizer, tokens: list[str], adds_bos: bool) -> None:
-    ids = {"bos": file.field("tokenizer.ggml.bos_token_id"), "eos": file.field("tokenizer.ggml.eos_token_id")}
+    ids = {
+        "bos": file.field("tokenizer.ggml.bos_token_id"),
+        "eos": file.field("tokenizer.ggml.eos_token_id"),
+    }
     adds_eos = bool(file.field("tokenizer.ggml.add_eos_token", False))
     used = {"bos": adds_bos and ids["bos"] is not None, "eos": adds_eos and ids["eos"] is not None}
     names = {key: tokens[_checked(file, ids[key], tokens)] for key, on in used.items() if on}
     if not names:
         return
-    before, after = ([names["bos"]] if "bos" in names else []), ([names["eos"]] if "eos" in names else [])
+    before, after = (
+        ([names["bos"]] if "bos" in names else []),
+        ([names["eos"]] if "eos" in names else []),
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *before, "$B:1", *after],

@@ -1,4 +1,4 @@
-"""Which stored tensor becomes which canonical one: checked by name, shape and type before anything is read."""
+"""Which stored tensor becomes which canonical one: checked before anything is read."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -48,7 +48,9 @@ class TensorSet:
         for file in self.files:
             for name in file.names():
                 if name in self.where:
-                    raise LoadError(f"{file.path}: tensor {name} is also in {self.where[name].path}")
+                    raise LoadError(
+                        f"{file.path}: tensor {name} is also in {self.where[name].path}"
+                    )
                 self.where[name] = file
 
     def __contains__(self, name: str) -> bool:
@@ -76,15 +78,20 @@ class TensorSet:
         """
         file = self.where.get(key)
         if file is None:
-            raise LoadError(f"{self.describe()}: tensor {key} is missing; wanted shape {shape_text(shape)}")
+            raise LoadError(
+                f"{self.describe()}: tensor {key} is missing; wanted shape {shape_text(shape)}"
+            )
         found = file.shape(key)
         if found != shape:
             raise LoadError(
-                f"{file.path}: tensor {key} has shape {shape_text(found)}, wanted {shape_text(shape)}"
+                f"{file.path}: tensor {key} has shape {shape_text(found)}, wanted "
+                f"{shape_text(shape)}"
             )
         stored = file.dtype(key)
         if stored not in FLOAT_BYTES and not getattr(file, "expands", lambda _: False)(stored):
-            raise LoadError(f"{file.path}: tensor {key} is stored as {stored}; f32, f16 and bf16 are read")
+            raise LoadError(
+                f"{file.path}: tensor {key} is stored as {stored}; f32, f16 and bf16 are read"
+            )
         return Entry(name, shape, file, key, convert)
 
     def refuse_others(self, used: Iterable[str], harmless: Callable[[str], bool]) -> None:
@@ -93,7 +100,8 @@ class TensorSet:
         for name in self.where:
             if name not in known and not harmless(name):
                 raise LoadError(
-                    f"{self.where[name].path}: tensor {name} of shape {shape_text(self.shape(name))} is unexpected"
+                    f"{self.where[name].path}: tensor {name} of shape "
+                    f"{shape_text(self.shape(name))} is unexpected"
                 )
 
 
@@ -138,7 +146,11 @@ def head_shapes(config: dict[str, Any]) -> dict[str, Shape]:
             shapes[f"heads.{head}.{layer}.bias"] = (d,)
         if not heads["shared_lm_head"]:
             shapes[f"heads.{head}.lm_head.weight"] = (heads["head_vocab"], d)
-    if not heads["shared_lm_head"] and heads["num_heads"] and heads["head_vocab"] < config["vocab_size"]:
+    if (
+        not heads["shared_lm_head"]
+        and heads["num_heads"]
+        and heads["head_vocab"] < config["vocab_size"]
+    ):
         shapes["heads.token_map"] = (heads["head_vocab"],)
     return shapes
 

@@ -1,4 +1,4 @@
-"""Rotary embeddings: every scaling variant becomes inverse frequencies, computed as transformers does."""
+"""Rotary embeddings: each scaling variant becomes inverse frequencies, as in transformers."""
 
 import math
 from typing import Any
@@ -12,15 +12,19 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def powers(base: float, dim: int) -> NDArray[np.float32]:
-    """base ** (2i / dim) for i in [0, dim / 2), [dim / 2] f32, rounded where transformers rounds.
+    """The powers base ** (2i / dim), [dim / 2] f32, rounded where transformers rounds.
 
-    The power itself is taken in f64: f32 `pow` differs by a unit in the last place between libraries.
+    The power itself is taken in f64: f32 `pow` differs by a unit in the last place between
+    libraries.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    return np.power(np.float64(base), exponents.astype(np.float64)).astype(np.float32)
+    exact: NDArray[np.float64] = np.power(np.float64(base), exponents.astype(np.float64))
+    return exact.astype(np.float32)
 
 
-def canonical_rope(params: dict[str, Any], head_dim: int, max_context: int, where: str) -> dict[str, Any]:
+def canonical_rope(
+    params: dict[str, Any], head_dim: int, max_context: int, where: str
+) -> dict[str, Any]:
     """The `rope` object of ModelConfig.
 
     Args:
@@ -34,12 +38,19 @@ def canonical_rope(params: dict[str, Any], head_dim: int, max_context: int, wher
     """
     kind = params.get("rope_type", "default")
     if kind not in KINDS:
-        raise LoadError(f"{where}: rope type {kind!r} is not supported; supported are {', '.join(KINDS)}")
+        raise LoadError(
+            f"{where}: rope type {kind!r} is not supported; supported are {', '.join(KINDS)}"
+        )
     if params.get("partial_rotary_factor", 1.0) != 1.0:
-        raise LoadError(f"{where}: partial_rotary_factor {params['partial_rotary_factor']!r} is not supported, only 1.0")
+        raise LoadError(
+            f"{where}: partial_rotary_factor {params['partial_rotary_factor']!r} is not "
+            "supported, only 1.0"
+        )
     base = _number(params, "rope_theta", where)
     if head_dim % 2 or head_dim < 4:
-        raise LoadError(f"{where}: head_dim {head_dim} cannot be rotated; it must be even and at least 4")
+        raise LoadError(
+            f"{where}: head_dim {head_dim} cannot be rotated; it must be even and at least 4"
+        )
     inv_freq = np.float32(1) / powers(base, head_dim)
     rope: dict[str, Any] = {
         "attention_scaling": 1.0,
@@ -61,12 +72,14 @@ def canonical_rope(params: dict[str, Any], head_dim: int, max_context: int, wher
 
 
 def reach(params: dict[str, Any], max_context: int) -> int:
-    """Tokens that the scaled embedding covers; only `dynamic` and `yarn` state it apart from the config."""
+    """Tokens that the scaled embedding covers; `dynamic` and `yarn` may go beyond the config's."""
     factor = float(params.get("factor") or 1.0)
     if params.get("rope_type") == "dynamic":
         return int(max_context * max(factor, 1.0))
     if params.get("rope_type") == "yarn":
-        return max(max_context, int(params.get("original_max_position_embeddings", max_context) * factor))
+        return max(
+            max_context, int(params.get("original_max_position_embeddings", max_context) * factor)
+        )
     return max_context
 
 
@@ -78,12 +91,19 @@ def _number(params: dict[str, Any], key: str, where: str, default: float | None 
     return float(value)  # type: ignore[arg-type]
 
 
-def _llama3(inv_freq: NDArray[np.float32], params: dict[str, Any], where: str) -> NDArray[np.float32]:
+def _llama3(
+    inv_freq: NDArray[np.float32], params: dict[str, Any], where: str
+) -> NDArray[np.float32]:
     factor = np.float32(_number(params, "factor", where))
-    low, high = _number(params, "low_freq_factor", where), _number(params, "high_freq_factor", where)
+    low, high = (
+        _number(params, "low_freq_factor", where),
+        _number(params, "high_freq_factor", where),
+    )
     context = _number(params, "original_max_position_embeddings", where)
     if high <= low:
-        raise LoadError(f"{where}: rope parameter high_freq_factor {high} must be above low_freq_factor {low}")
+        raise LoadError(
+            f"{where}: rope parameter high_freq_factor {high} must be above low_freq_factor {low}"
+        )
     wavelength = np.float32(2 * math.pi) / inv_freq
     stretched = np.where(wavelength > context / low, inv_freq / factor, inv_freq)
     smooth = (np.float32(context) / wavelength - np.float32(low)) / np.float32(high - low)
@@ -96,7 +116,11 @@ def _yarn(
     base: float, dim: int, params: dict[str, Any], max_context: int, where: str
 ) -> tuple[NDArray[np.float32], float]:
     context = _number(params, "original_max_position_embeddings", where, max_context)
-    factor = _number(params, "factor", where) if params.get("factor") is not None else max_context / context
+    factor = (
+        _number(params, "factor", where)
+        if params.get("factor") is not None
+        else max_context / context
+    )
     scaling = params.get("attention_factor")
     if scaling is None:
         mscale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
@@ -114,7 +138,9 @@ def _yarn(
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # no ramp of width 0
-    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    ramp = np.clip(
+        (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1
+    )
     kept = np.float32(1) - ramp
     plain = np.float32(1) / powers(base, dim)
     stretched = np.float32(1) / (np.float32(factor) * powers(base, dim))

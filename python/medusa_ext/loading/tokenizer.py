@@ -20,17 +20,22 @@ def from_directory(folder: Path) -> Any:  # noqa: ANN401 - a transformers tokeni
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # transformers and tokenizers raise whatever the file led them to
         lines = str(error).strip().splitlines()
-        raise LoadError(f"the tokenizer in {folder} cannot be loaded: {lines[0][:200] if lines else error!r}") from error
+        raise LoadError(
+            f"the tokenizer in {folder} cannot be loaded: {lines[0][:200] if lines else error!r}"
+        ) from error
 
 
 def wrap(tokenizer: Any, settings: dict[str, Any]) -> Any:  # noqa: ANN401 - tokenizers, transformers
-    """A `tokenizers.Tokenizer` with its special tokens and chat template, as transformers' fast tokenizer."""
+    """A `tokenizers.Tokenizer` with special tokens and template, as transformers' fast one."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
+    make: Any = PreTrainedTokenizerFast  # untyped
+    return make(tokenizer_object=tokenizer, **settings)
 
 
 def to_metadata(tokenizer: Any) -> dict[str, str]:  # noqa: ANN401 - a transformers tokenizer
@@ -41,9 +46,14 @@ def to_metadata(tokenizer: Any) -> dict[str, str]:  # noqa: ANN401 - a transform
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise LoadError(f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json form and cannot be exported")
+        raise LoadError(
+            f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json form and cannot be "
+            "exported"
+        )
     settings: dict[str, Any] = {
-        "clean_up_tokenization_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
+        "clean_up_tokenization_spaces": bool(
+            getattr(tokenizer, "clean_up_tokenization_spaces", False)
+        ),
         "model_max_length": int(tokenizer.model_max_length),
     }
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
@@ -52,7 +62,10 @@ def to_metadata(tokenizer: Any) -> dict[str, str]:  # noqa: ANN401 - a transform
             settings[name] = str(token)
     if tokenizer.chat_template:
         settings["chat_template"] = tokenizer.chat_template
-    return {"medusa_ext.tokenizer": backend.to_str(), "medusa_ext.tokenizer_settings": json.dumps(settings)}
+    return {
+        "medusa_ext.tokenizer": backend.to_str(),
+        "medusa_ext.tokenizer_settings": json.dumps(settings),
+    }
 
 
 def from_metadata(metadata: dict[str, str], where: str) -> Any:  # noqa: ANN401 - a transformers tokenizer

@@ -45,7 +45,7 @@ void score_page(const T* keys, const typename Operand<T>::X* q, int D, float* ou
   constexpr int kStep = Operand<T>::kStep;
   for (int key = 0; key < kPage; key += C * kLanes) {
     V sum[M][C];
-    dot_block<T, M, C, 0>(keys + key * kStep, kPage * kStep, q, D, D, sum);
+    dot_block<T, M, C, false>(keys + key * kStep, kPage * kStep, q, D, D, sum);
     for (int m = 0; m < M; ++m) {
       for (int c = 0; c < C; ++c) store(out + m * stride + key + c * kLanes, sum[m][c]);
     }

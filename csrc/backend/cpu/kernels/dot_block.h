@@ -29,22 +29,22 @@ struct Operand<Bf16> {
   MEDUSA_INLINE V multiply_add(V sum, Pairs w, Pairs x) { return dot(sum, w, x); }
 };
 
-// w_step, x_stride in elements; kAhead > 0 prefetches w that many elements ahead (past the end is harmless).
-template <class W, int M, int C, int kAhead>
+// w_step, x_stride in elements. kPrefetch: each step asks for C cache lines at `next`, which moves by next_step bytes.
+template <class W, int M, int C, bool kPrefetch>
 MEDUSA_INLINE void dot_block(const W* w, int64_t w_step, const typename Operand<W>::X* x, int64_t x_stride,
-                             int64_t num_k, V (&sum)[M][C]) {
+                             int64_t num_k, V (&sum)[M][C], const char* next = nullptr, int64_t next_step = 0) {
   using Op = Operand<W>;
   using Wide = decltype(Op::load_w(w));
   constexpr int kVector = kLanes * Op::kStep;
   for (int m = 0; m < M; ++m) {
     for (int c = 0; c < C; ++c) sum[m][c] = zero();
   }
-  for (int64_t k = 0; k < num_k; k += Op::kStep, w += w_step) {
+  for (int64_t k = 0; k < num_k; k += Op::kStep, w += w_step, next += next_step) {
     Wide wide[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       wide[c] = Op::load_w(w + c * kVector);
-      if constexpr (kAhead > 0) __builtin_prefetch(w + c * kVector + kAhead);
+      if constexpr (kPrefetch) __builtin_prefetch(next + c * 64, 0, MEDUSA_HINT);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {

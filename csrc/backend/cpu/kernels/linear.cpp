@@ -18,22 +18,24 @@ namespace {
 #if defined(MEDUSA_SIMD_AVX512)
 constexpr int kMaxRows = 12, kWideRows = 12;  // 24 sums of 32 registers
 #elif defined(MEDUSA_SIMD_AVX2)
-constexpr int kMaxRows = 4, kWideRows = 2;  // 8 sums of 16 registers
+constexpr int kMaxRows = 4, kWideRows = 1;  // 8 sums of 16 registers
 #else
 constexpr int kMaxRows = 2, kWideRows = 1;  // 8 sums; aarch64 has 32 registers, x86-64 16
 #endif
-constexpr int kAheadBytes = 2048;
 
 template <class W, int M>
-void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_t first_output) {
+void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_t first_output, const char* next,
+                   int64_t next_bytes) {
   using Op = Operand<W>;
   constexpr int C = M <= kWideRows ? 2 : 1;
   constexpr int kVector = kLanes * Op::kStep;
   const auto* x = static_cast<const typename Op::X*>(task.x) + first_row * task.num_inputs;
+  constexpr int kParts = kColumns / (C * kLanes);
   for (int part = 0; part < kColumns; part += C * kLanes, w += C * kVector) {
     V sum[M][C];
-    dot_block<W, M, C, kAheadBytes / static_cast<int>(sizeof(W))>(w, kColumns * Op::kStep, x, task.num_inputs,
-                                                                 task.num_inputs, sum);
+    const int64_t next_step = next_bytes / kParts * Op::kStep / task.num_inputs;
+    dot_block<W, M, C, true>(w, kColumns * Op::kStep, x, task.num_inputs, task.num_inputs, sum, next, next_step);
+    next += next_bytes / kParts;
     for (int c = 0; c < C; ++c) {
       const int64_t output = first_output + part + c * kLanes;
       const int64_t valid = task.num_outputs - output;
@@ -51,7 +53,7 @@ void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_
 
 template <class W>
 void linear_of(const LinearTask& task) {
-  using RowsOfBlock = void (*)(const LinearTask&, const W*, int64_t, int64_t);
+  using RowsOfBlock = void (*)(const LinearTask&, const W*, int64_t, int64_t, const char*, int64_t);
   static constexpr RowsOfBlock kByRows[] = {
       nullptr, rows_of_block<W, 1>, rows_of_block<W, 2>,
 #if defined(MEDUSA_SIMD_AVX2)
@@ -64,11 +66,15 @@ void linear_of(const LinearTask& task) {
   };
   const int64_t num_tiles = (task.num_rows + kMaxRows - 1) / kMaxRows;
   const int64_t block_elements = kColumns * task.num_inputs;
+  const int64_t block_bytes = block_elements * static_cast<int64_t>(sizeof(W));
   const W* weight = static_cast<const W*>(task.weight);
   for (int64_t block = task.first_block; block < task.last_block; ++block) {
+    const W* w = weight + block * block_elements;
+    // The tiles of a block fetch the next one between them, so that memory and arithmetic overlap evenly.
+    const char* next = reinterpret_cast<const char*>(block + 1 < task.last_block ? w + block_elements : w);
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // of nearly equal height: 13 rows are 7 and 6
       const int64_t first = task.num_rows * tile / num_tiles, last = task.num_rows * (tile + 1) / num_tiles;
-      kByRows[last - first](task, weight + block * block_elements, first, block * kColumns);
+      kByRows[last - first](task, w, first, block * kColumns, next + block_bytes * tile / num_tiles, block_bytes / num_tiles);
     }
   }
 }

@@ -1,0 +1,67 @@
+"""The command line `medusa-ext`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from medusa_ext.cli.chat import chat
+from medusa_ext.cli.files import export, inspect
+from medusa_ext.cli.generate import generate
+
+app = typer.Typer(
+    name="medusa-ext",
+    help="Language models on your own machine, several tokens per pass, exactly the same text.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(chat)
+app.command()(inspect)
+app.command()(export)
+
+
+@app.command()
+def version() -> None:
+    """Print the version, and the instruction sets that this machine runs."""
+    from medusa_ext import _core
+
+    print(f"medusa-ext {_core.__version__} (cpu: {', '.join(_core.available_isas())})")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 2 bad input, 1 anything else that failed, 130 on ^C."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status; every failure is one line on stderr."""
+    try:
+        command = typer.main.get_command(app)
+        status = command.main(list(arguments) if arguments is not None else None, "medusa-ext", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Print one line and return the status: 2 for the user's mistakes."""
+    usage = getattr(error, "format_message", None)  # typer's own errors, whichever click it carries
+    message = usage() if usage is not None else str(error)
+    line = " ".join(message.split()) or type(error).__name__
+    print(f"medusa-ext: error: {line}", file=sys.stderr)
+    bad_input = usage is not None or isinstance(error, ValueError | NotImplementedError | OSError | ImportError)
+    return 2 if bad_input else 1

@@ -1,0 +1,101 @@
+"""Options and output that several commands share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+from medusa_ext.results import Piece, Result, Stats
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Directory, .gguf file, exported file, hub id, or demo.")
+]
+Heads = Annotated[
+    str, typer.Option(help="Directory or hub id of Medusa heads, prompt-lookup, none, or auto.")
+]
+Tree = Annotated[str, typer.Option(help="Name of a tree, or auto.")]
+DType = Annotated[str, typer.Option(help="auto, bf16, f16 or f32.")]
+Device = Annotated[str, typer.Option(help="auto or cpu.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")]
+MaxContext = Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")]
+LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Never ask the network.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens at most.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")]
+MinP = Annotated[float, typer.Option(help="Keep tokens this likely relative to the likeliest.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: repeat less.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be repeated.")]
+Acceptance = Annotated[str, typer.Option(help="exact, or typical (faster, changes the output).")]
+
+
+def make_engine(
+    model: str,
+    heads: str,
+    *,
+    tree: str,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    max_context: int | None,
+    local_files_only: bool,
+    max_batch: int = 8,
+) -> Any:
+    """Return an `Engine` for the options of the command line."""
+    quiet_libraries()
+    from medusa_ext.engine import Engine
+
+    return Engine(
+        model,
+        heads_argument(heads),
+        tree=tree,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_context=max_context,
+        max_batch=max_batch,
+        local_files_only=local_files_only,
+    )
+
+
+def heads_argument(heads: str) -> str | None:
+    """Return what the Python functions take for `--heads`."""
+    return None if heads == "none" else heads
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and warnings of the loading libraries out of the output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def print_pieces(pieces: Iterable[Piece]) -> None:
+    """Print a text as it comes, then its statistics."""
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+        if piece.result is not None:
+            print(flush=True)
+            print_statistics(piece.result)
+
+
+def print_statistics(result: Result) -> None:
+    """Print one line about how a text was made to stderr, so that stdout holds the text alone."""
+    print(statistics_line(len(result.token_ids), result.prompt_tokens, result.stats), file=sys.stderr)
+
+
+def statistics_line(new_tokens: int, prompt_tokens: int, stats: Stats) -> str:
+    """Return `[128 tokens, 45.1 tokens/s, 1.93 tokens/step, prefill 37 tokens in 0.12 s]`."""
+    computed = prompt_tokens - stats.reused_tokens
+    reused = f" ({stats.reused_tokens} from the cache)" if stats.reused_tokens else ""
+    return (
+        f"[{new_tokens} tokens, {stats.decode_tokens_per_s:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens/step,"
+        f" prefill {computed} tokens{reused} in {stats.prefill_s:.2f} s]"
+    )

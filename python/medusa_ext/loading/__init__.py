@@ -1,0 +1,23 @@
+"""Loading: what the user names -> a model in memory, its tokenizer and its Medusa heads.
+
+source (where it lies) -> checkpoint (config, plan of tensors) -> load | export | inspect.
+"""
+
+from medusa_ext.loading.errors import LoadError
+from medusa_ext.loading.export import export
+from medusa_ext.loading.heads import HeadsInfo
+from medusa_ext.loading.inspect import Inspection, inspect
+from medusa_ext.loading.load import LoadedModel, load_model
+from medusa_ext.loading.source import Source, resolve
+
+__all__ = [
+    "HeadsInfo",
+    "Inspection",
+    "LoadError",
+    "LoadedModel",
+    "Source",
+    "export",
+    "inspect",
+    "load_model",
+    "resolve",
+]

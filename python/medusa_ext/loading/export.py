@@ -1,0 +1,110 @@
+"""The one-file form: weights, configuration and tokenizer as safetensors that C++ reads itself."""
+
+import json
+import os
+import struct
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from medusa_ext.loading.checkpoint import FORMAT, Checkpoint, open_checkpoint
+from medusa_ext.loading.errors import LoadError
+from medusa_ext.loading.files import FLOAT_BYTES
+from medusa_ext.loading.plan import Entry, count, to_json
+from medusa_ext.loading.source import Source
+from medusa_ext.loading.tokenizer import to_metadata
+
+_WORDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "i32": "I32"}
+
+
+def export(
+    model: str | os.PathLike[str] | Source,
+    heads: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str],
+    **hub: object,
+) -> Path:
+    """Write a model, its heads and its tokenizer as one file.
+
+    Tensors keep the type they are stored in; blocks of a quantised GGUF become bf16. They are
+    written one at a time to
+    a temporary file beside `out`, which takes its place only when it is complete.
+
+    Args:
+        model: what `load_model` takes.
+        heads: what `load_model` takes.
+        out: the file to write, ending in .safetensors; an existing file is replaced.
+        **hub: local_files_only, cache_dir and revision of `resolve`.
+
+    Returns:
+        The path written.
+
+    Raises:
+        LoadError: the model cannot be read, or the file cannot be written.
+    """
+    path = Path(out).expanduser()
+    if path.suffix != ".safetensors":
+        raise LoadError(f"cannot export to {path}; wanted a file name ending in .safetensors")
+    if path.is_dir() or not path.parent.is_dir():
+        raise LoadError(f"cannot export to {path}; wanted a file in an existing directory")
+    checkpoint = open_checkpoint(model, heads, **hub)
+    metadata = _metadata(checkpoint)
+    try:
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=".partial", dir=path.parent
+        )
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                _write(file, checkpoint.entries, metadata, checkpoint.stored_dtype)
+            Path(name).chmod(0o666 & ~_umask())
+            Path(name).replace(path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                Path(name).unlink()
+            raise
+    except OSError as error:
+        raise LoadError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    tokenizer = checkpoint.tokenizer()
+    return {
+        "medusa_ext.format": FORMAT,
+        "medusa_ext.config": to_json(checkpoint.config),
+        "medusa_ext.dtype": checkpoint.stored_dtype,
+        "medusa_ext.eos_ids": json.dumps(checkpoint.eos_ids(tokenizer)),
+        **(to_metadata(tokenizer) if tokenizer is not None else {}),
+    }
+
+
+def _write(file: BinaryIO, entries: list[Entry], metadata: dict[str, str], expanded: str) -> None:
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        stored = _stored(entry, expanded)
+        size = count(entry.shape) * (4 if stored == "i32" else FLOAT_BYTES[stored])
+        header[entry.name] = {
+            "dtype": _WORDS[stored],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    file.write(struct.pack("<Q", len(text)) + text)
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        array, _ = entry.read(_stored(entry, expanded))
+        array.tofile(file)
+        del array
+        entry.file.release(entry.key)
+
+
+def _stored(entry: Entry, expanded: str) -> str:
+    return entry.dtype if entry.dtype in _WORDS else expanded
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

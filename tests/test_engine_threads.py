@@ -1,0 +1,123 @@
+"""Several threads on one engine, two engines at once, and memory that stays flat."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from engine_util import Known, demo_engine
+
+from medusa_ext import DraftInput, Engine
+
+PATIENCE_S = 300  # of a join; a hang is a failure
+
+
+def run_all(works: list[Callable[[], object]]) -> list[object]:
+    """Run each work in a thread of its own; the results or the exceptions, in order."""
+    outcomes: list[object] = [None] * len(works)
+
+    def run(index: int) -> None:
+        try:
+            outcomes[index] = works[index]()
+        except Exception as error:
+            outcomes[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive(), "a thread hangs"
+    return outcomes
+
+
+def test_threads_share_an_engine() -> None:
+    """Generate, stream and score side by side give what each gives alone."""
+    engine = demo_engine()
+    prompts = [f"{count} little pigs" for count in ("One", "Two", "Three", "Four", "Five", "Six")]
+    options = {"max_new_tokens": 10, "temperature": 0.8, "seed": 4}
+    expected = [engine.generate(prompt, **options).text for prompt in prompts]
+    scores = engine.score(prompts[0]).tobytes()
+
+    def generate(prompt: str) -> str:
+        return engine.generate(prompt, **options).text
+
+    def stream(prompt: str) -> str:
+        return "".join(piece.text for piece in engine.stream(prompt, **options))
+
+    works = [
+        *(lambda prompt=prompt: generate(prompt) for prompt in prompts),
+        *(lambda prompt=prompt: stream(prompt) for prompt in prompts),
+        lambda: engine.score(prompts[0]).tobytes(),
+    ]
+    assert run_all(works) == [*expected, *expected, scores]
+    assert engine.session_stats().active == 0
+
+
+class Failing(Known):
+    """Fails once all texts have come together."""
+
+    def draft(self, inputs: list[DraftInput]) -> list[tuple[list[int], list[int]]]:
+        if len(inputs) == 3:
+            raise ZeroDivisionError("broken")
+        return super().draft(inputs)
+
+
+def test_failure_of_a_step_reaches_every_thread() -> None:
+    with Engine("demo", threads=2, max_context=1024, max_batch=3, drafter=Failing([])) as engine:
+        works = [lambda: engine.generate("Hello", max_new_tokens=None, eos_token_id=[])] * 3
+        outcomes = run_all(works)
+        kinds = sorted(type(outcome).__name__ for outcome in outcomes)
+        assert kinds == ["RuntimeError", "RuntimeError", "ZeroDivisionError"]
+        assert all("broken" in str(outcome) for outcome in outcomes)
+        assert engine.generate("Hello", max_new_tokens=3).token_ids
+
+
+def test_close_ends_texts_of_other_threads() -> None:
+    engine = Engine("demo", threads=2, max_context=2048)
+
+    def close() -> None:
+        while engine.session_stats().active < 2:
+            time.sleep(0.01)
+        engine.close()
+
+    generate = lambda: engine.generate("Hello", max_new_tokens=None, eos_token_id=[])  # noqa: E731
+    outcomes = run_all([generate, generate, close])
+    assert [type(outcome) for outcome in outcomes] == [RuntimeError, RuntimeError, type(None)]
+    assert all("closed" in str(outcome) for outcome in outcomes[:2])
+
+
+def test_two_engines_at_once() -> None:
+    options = {"max_new_tokens": 12}
+    expected = [demo_engine().generate(prompt, **options).text for prompt in ("Hello", "Good night")]
+    with Engine("demo", threads=2, max_context=128) as one, Engine("demo", None, threads=1, max_context=128) as two:
+        works = [lambda: one.generate("Hello", **options).text, lambda: two.generate("Good night", **options).text]
+        assert run_all(works) == expected
+
+
+def resident_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmRSS")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_memory_stays_flat_over_200_calls() -> None:
+    """After a warm-up that touches all of the cache, 200 calls add less than 4 MiB."""
+    with Engine("demo", threads=2, max_context=128, max_batch=2, cache_tokens=256) as engine:
+
+        def call(index: int) -> None:
+            prompt = [1 + index % 50] * (1 + index % 60)
+            engine.generate(prompt, max_new_tokens=2, stop_strings=["x"], temperature=0.5, seed=index)
+            if index % 10 == 0:
+                next(engine.stream(prompt)).text  # noqa: B018
+
+        for index in range(60):
+            call(index)
+        before = resident_bytes()
+        for index in range(200):
+            call(index)
+        assert resident_bytes() - before < 4 * 2**20
+        assert engine.session_stats().active == 0
