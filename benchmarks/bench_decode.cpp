@@ -1,5 +1,6 @@
 // bench_decode: what one decoding step costs on this machine, held against the bandwidth of its
 // memory. See benchmarks/README.md for what each number means. SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cstdio>
 #include <iostream>
 #include <map>
@@ -201,8 +202,8 @@ struct Results {
 
   const Samples& plain() const { return steps.at(kPlain); }
   double best_bandwidth() const { return bandwidth.quantile(1.0); }
-  double share() const {
-    return static_cast<double>(streamed) / best_bandwidth() / plain().median();
+  double share(double seconds) const {
+    return static_cast<double>(streamed) / best_bandwidth() / seconds;
   }
 };
 
@@ -304,6 +305,7 @@ std::string row(const std::string& what, const Samples& samples, double scale, i
 std::string mib(int64_t bytes) { return fixed(static_cast<double>(bytes) / (1 << 20), 1) + " MiB"; }
 
 std::string markdown(const Results& r) {
+  const auto percent = [&](double seconds) { return fixed(100 * r.share(seconds), 0) + " %"; };
   std::ostringstream out;
   out << "# bench_decode: " << r.model << ", " << r.dtype << "\n\n"
       << "- backend: " << r.backend << "\n"
@@ -317,8 +319,8 @@ std::string markdown(const Results& r) {
       << fixed(r.checked_tokens_per_step, 2) << " tokens per step\n\n"
       << "| what | median | p25-p75 | note |\n|---|---|---|---|\n"
       << row("plain decoding, ms/token", r.plain(), 1e3, 2,
-             fixed(1.0 / r.plain().median(), 1) + " tokens/s, " + fixed(100 * r.share(), 0) +
-                 " % of the read bandwidth");
+             fixed(1.0 / r.plain().median(), 1) + " tokens/s, " + percent(r.plain().median()) +
+                 " of the read bandwidth; the best step " + percent(r.plain().best()));
   const double one = r.steps.at(1).median();
   for (const auto& [num_nodes, samples] : r.steps) {
     if (num_nodes == kPlain) continue;
@@ -341,7 +343,8 @@ std::string json_text(const Results& r) {
       << ", \"cache_bytes\": " << r.cache_bytes
       << ", \"read_bandwidth_gb_per_s\": " << value(r.best_bandwidth() * 1e-9)
       << ", \"plain_ms\": " << value(1e3 * r.plain().median())
-      << ", \"bandwidth_share\": " << value(r.share()) << ", \"step_ms\": {";
+      << ", \"bandwidth_share\": " << value(r.share(r.plain().median()))
+      << ", \"bandwidth_share_best\": " << value(r.share(r.plain().best())) << ", \"step_ms\": {";
   const char* separator = "";
   for (const auto& [num_nodes, samples] : r.steps) {
     if (num_nodes == kPlain) continue;

@@ -1,20 +1,46 @@
 # medusa_core: everything that is neither Python nor a device's toolkit.
 
-# TEMPORARY glob while the files land; becomes a list.
-file(GLOB core_sources CONFIGURE_DEPENDS csrc/core/*.cpp csrc/backend/cpu/*.cpp)
-file(GLOB kernel_sources CONFIGURE_DEPENDS csrc/backend/cpu/kernels/*.cpp)
+set(medusa_core_sources
+    csrc/core/backend.cpp
+    csrc/core/config.cpp
+    csrc/core/forward.cpp
+    csrc/core/json.cpp
+    csrc/core/load_model.cpp
+    csrc/core/medusa_drafter.cpp
+    csrc/core/model.cpp
+    csrc/core/pages.cpp
+    csrc/core/prompt_lookup.cpp
+    csrc/core/safetensors.cpp
+    csrc/core/sampling.cpp
+    csrc/core/scheduler.cpp
+    csrc/core/score.cpp
+    csrc/core/session.cpp
+    csrc/core/tensor.cpp
+    csrc/core/tree.cpp
+    csrc/backend/cpu/attention.cpp
+    csrc/backend/cpu/cache.cpp
+    csrc/backend/cpu/choose.cpp
+    csrc/backend/cpu/cpu_backend.cpp
+    csrc/backend/cpu/isa.cpp
+    csrc/backend/cpu/memory.cpp
+    csrc/backend/cpu/rope.cpp
+    csrc/backend/cpu/thread_pool.cpp
+    csrc/backend/cpu/weight.cpp)
 
-add_library(medusa_core STATIC ${core_sources})
+# Each of these is compiled once for every instruction set; run-time dispatch chooses.
+set(medusa_kernel_sources
+    csrc/backend/cpu/kernels/attention.cpp
+    csrc/backend/cpu/kernels/linear.cpp
+    csrc/backend/cpu/kernels/row_ops.cpp
+    csrc/backend/cpu/kernels/table.cpp
+    csrc/backend/cpu/kernels/top_k.cpp)
+
+add_library(medusa_core STATIC ${medusa_core_sources})
 target_include_directories(medusa_core PUBLIC csrc)
 target_link_libraries(medusa_core PUBLIC Threads::Threads)
-set_target_properties(medusa_core PROPERTIES LINKER_LANGUAGE CXX)
 
-# Each kernel file is compiled once for every instruction set; run-time dispatch chooses.
 function(medusa_add_kernels isa)
-  if(NOT kernel_sources)
-    return()
-  endif()
-  add_library(medusa_kernels_${isa} OBJECT ${kernel_sources})
+  add_library(medusa_kernels_${isa} OBJECT ${medusa_kernel_sources})
   target_include_directories(medusa_kernels_${isa} PRIVATE csrc)
   target_compile_definitions(medusa_kernels_${isa} PRIVATE MEDUSA_ISA=${isa})
   target_compile_options(medusa_kernels_${isa} PRIVATE ${ARGN})

@@ -1,8 +1,3 @@
-# TEMPORARY glob while the files land; becomes a list.
-file(GLOB programs CONFIGURE_DEPENDS examples/*.cpp)
-foreach(source IN LISTS programs)
-  cmake_path(GET source STEM name)
-  add_executable(${name} ${source})
-  target_link_libraries(${name} PRIVATE medusa_core)
-  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/examples)
-endforeach()
+add_executable(generate examples/generate.cpp)
+target_link_libraries(generate PRIVATE medusa_core)
+set_target_properties(generate PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/examples)

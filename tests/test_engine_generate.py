@@ -1,9 +1,11 @@
 """Engine.generate on the demo model: results, batches, samples, ends of text, scores."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from engine_util import Known, demo_engine, demo_tokenizer
-
+from engine_util import Known, demo_engine, demo_tokenizer, make_tiny
+from loading_util import make_heads
 from medusa_ext import Engine, Result
 
 PROMPT = "The three primary colours are"
@@ -50,7 +52,9 @@ def test_kinds_of_prompt_agree(engine: Engine) -> None:
     expected = engine.generate(PROMPT, max_new_tokens=6).token_ids
     assert engine.generate(ids, max_new_tokens=6).token_ids == expected
     assert engine.generate(np.array(ids), max_new_tokens=6).token_ids == expected
-    text = demo_tokenizer().apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
+    text = demo_tokenizer().apply_chat_template(
+        QUESTION, add_generation_prompt=True, tokenize=False
+    )
     chatted = engine.generate(QUESTION, max_new_tokens=6)
     assert chatted.token_ids == engine.generate(text, max_new_tokens=6).token_ids
 
@@ -71,9 +75,16 @@ def test_a_text_may_fill_the_context() -> None:
 
 def test_batch_of_unequal_prompts_equals_single_prompts(engine: Engine) -> None:
     """More prompts than slots, one of them ends early."""
-    prompts = [PROMPT, "A", QUESTION, "One two three four five six seven", [1, 2, 3], "Once upon a time, " * 20]
+    prompts = [
+        PROMPT,
+        "A",
+        QUESTION,
+        "One two three four five six seven",
+        [1, 2, 3],
+        "Once upon a time, " * 20,
+    ]
     results = engine.generate(prompts, max_new_tokens=8, temperature=0.9, seed=list(range(6)))
-    assert len(prompts) > engine.info["max_batch"]
+    assert len(prompts) > 4  # max_batch of this engine
     for prompt, result, seed in zip(prompts, results, range(6), strict=True):
         single = engine.generate(prompt, max_new_tokens=8, temperature=0.9, seed=seed)
         assert (single.token_ids, single.text) == (result.token_ids, result.text)
@@ -85,7 +96,9 @@ def test_samples_differ_and_are_reproducible(engine: Engine) -> None:
     texts = [sample.text for sample in samples]
     assert len(samples) == 6
     assert len(set(texts)) > 3
-    assert [sample.text for sample in engine.generate(PROMPT, num_return_sequences=3, **options)] == texts[:3]
+    assert [
+        sample.text for sample in engine.generate(PROMPT, num_return_sequences=3, **options)
+    ] == texts[:3]
     assert engine.generate("A cat", **options).text == texts[3]
     assert engine.generate(PROMPT, **{**options, "seed": 6}).text != texts[0]
 
@@ -110,11 +123,13 @@ def expected_stop(token_ids: list[int], stop: str) -> tuple[str, int]:
 
 
 def test_stop_strings_across_token_borders_and_inside_accepted_paths(engine: Engine) -> None:
-    """Every window of the text is tried as the stop string, decoded one by one and in accepted chains."""
+    """Windows of the text as stop strings, decoded one by one and in accepted chains."""
     prompt = demo_tokenizer()(PROMPT)["input_ids"]
     free = engine.generate(prompt, max_new_tokens=24)
     across = inside = 0
-    with Engine("demo", threads=2, max_context=256, drafter=Known([prompt + free.token_ids])) as known:
+    with Engine(
+        "demo", threads=2, max_context=256, drafter=Known([prompt + free.token_ids])
+    ) as known:
         for start in range(0, len(free.text) - 5, 7):
             stop = free.text[start : start + 5]
             text, count = expected_stop(free.token_ids, stop)
@@ -133,7 +148,11 @@ def test_stop_strings_across_token_borders_and_inside_accepted_paths(engine: Eng
 def test_stop_string_that_never_comes_changes_nothing(engine: Engine) -> None:
     free = engine.generate(PROMPT, max_new_tokens=10)
     result = engine.generate(PROMPT, max_new_tokens=10, stop_strings="no such words")
-    assert (result.text, result.token_ids, result.finish_reason) == (free.text, free.token_ids, "length")
+    assert (result.text, result.token_ids, result.finish_reason) == (
+        free.text,
+        free.token_ids,
+        "length",
+    )
 
 
 def test_drafters_do_not_change_the_text(engine: Engine) -> None:
@@ -168,3 +187,29 @@ def test_info_and_memory(engine: Engine) -> None:
     assert engine.memory["weight_bytes"] == pytest.approx(2 * 134.5e6, rel=0.01)
     assert engine.memory["kv_bytes_per_1000_tokens"] == 1000 * 2 * 30 * 3 * 64 * 2
     assert "prompt lookup" in repr(engine)
+
+
+def test_medusa_heads_and_trees(tmp_path: Path) -> None:
+    """Random heads never change the text; the tree is the one asked for, and no deeper than the heads."""
+    model, heads = make_tiny(tmp_path / "model"), make_heads(tmp_path / "heads", "B")
+    options = {"max_new_tokens": 40, "temperature": 1.0, "seed": 2}
+    with Engine(model, None) as plain:
+        expected = plain.generate(PROMPT, **options).token_ids
+    paths = [[0], [1], [0, 0], [0, 1], [0, 0, 0]]
+    for tree in ("auto", paths):
+        with Engine(model, heads, tree=tree) as engine:
+            assert engine.info["drafter"] == "3 Medusa heads"
+            assert engine.tree is not None
+            assert max(map(len, engine.tree)) <= 3
+            if tree == paths:
+                assert sorted(engine.tree) == sorted(paths)
+            assert engine.generate(PROMPT, **options).token_ids == expected
+    with pytest.raises(ValueError, match="depth 4, the model has 3 heads"):
+        Engine(model, heads, tree=[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]])
+
+
+def test_prompt_lookup_saves_steps(engine: Engine) -> None:
+    """A text that repeats itself takes fewer steps than tokens."""
+    result = engine.generate("one two three four, " * 6, max_new_tokens=24)
+    assert result.stats.tokens_per_step > 1.3
+    assert len(result.stats.accepted_lengths) > 3

@@ -1,4 +1,4 @@
-"""Bad input to Engine and its methods: one line that says what was given and what is allowed, before work starts."""
+"""Bad input to Engine: one line that says what was given and what is allowed, before work."""
 
 import copy
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_util import demo_engine
-
 from medusa_ext import Drafter, Engine
 
 BAD_OPTIONS = [
@@ -49,7 +48,7 @@ BAD_PROMPTS = [
     ([[1], []], "prompt 1 of the batch is empty"),
     (None, "the prompt must be a string, .* got NoneType"),
     (7, "the prompt must be a string, .* got int"),
-    (b"bytes", "the prompt"),
+    (b"bytes", "the prompt must be a string, .* got bytes"),
     (["a", 7], "prompt 1 of the batch must be a string, token ids or chat messages, got 7"),
     ([1, "a"], "token id 1 must be an integer, got 'a'"),
     ([1, 2.5], "token id 1 must be an integer, got 2.5"),
@@ -157,7 +156,9 @@ def test_cuda_is_refused_clearly() -> None:
 @pytest.mark.parametrize("model", ["/no/such/model", "./nothing", "", "some/model-on-the-hub"])
 def test_models_that_are_not_there(model: str) -> None:
     """conftest.py cuts the hub off."""
-    with pytest.raises(ValueError, match=r"no such path|is empty|the hub cannot serve it") as caught:
+    with pytest.raises(
+        ValueError, match=r"no such path|is empty|the hub cannot serve it"
+    ) as caught:
         Engine(model)
     assert "\n" not in str(caught.value)
 

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_util import Known, demo_engine
-
+from engine_util import Known, demo_engine, make_tiny
 from medusa_ext import DraftInput, Engine
 
 PATIENCE_S = 300  # of a join; a hang is a failure
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def run_all(works: list[Callable[[], object]]) -> list[object]:
@@ -23,7 +27,9 @@ def run_all(works: list[Callable[[], object]]) -> list[object]:
         except Exception as error:
             outcomes[index] = error
 
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(works))]
+    threads = [
+        threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(works))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -61,11 +67,12 @@ class Failing(Known):
     def draft(self, inputs: list[DraftInput]) -> list[tuple[list[int], list[int]]]:
         if len(inputs) == 3:
             raise ZeroDivisionError("broken")
+        time.sleep(0.02)  # so that no text ends before all have come
         return super().draft(inputs)
 
 
-def test_failure_of_a_step_reaches_every_thread() -> None:
-    with Engine("demo", threads=2, max_context=1024, max_batch=3, drafter=Failing([])) as engine:
+def test_failure_of_a_step_reaches_every_thread(tiny: Path) -> None:
+    with Engine(tiny, threads=2, max_batch=3, drafter=Failing([])) as engine:
         works = [lambda: engine.generate("Hello", max_new_tokens=None, eos_token_id=[])] * 3
         outcomes = run_all(works)
         kinds = sorted(type(outcome).__name__ for outcome in outcomes)
@@ -74,8 +81,16 @@ def test_failure_of_a_step_reaches_every_thread() -> None:
         assert engine.generate("Hello", max_new_tokens=3).token_ids
 
 
-def test_close_ends_texts_of_other_threads() -> None:
-    engine = Engine("demo", threads=2, max_context=2048)
+class Patient(Known):
+    """Makes no text end before the test has seen it run."""
+
+    def draft(self, inputs: list[DraftInput]) -> list[tuple[list[int], list[int]]]:
+        time.sleep(0.02)
+        return super().draft(inputs)
+
+
+def test_close_ends_texts_of_other_threads(tiny: Path) -> None:
+    engine = Engine(tiny, threads=2, drafter=Patient([]))
 
     def close() -> None:
         while engine.session_stats().active < 2:
@@ -90,9 +105,17 @@ def test_close_ends_texts_of_other_threads() -> None:
 
 def test_two_engines_at_once() -> None:
     options = {"max_new_tokens": 12}
-    expected = [demo_engine().generate(prompt, **options).text for prompt in ("Hello", "Good night")]
-    with Engine("demo", threads=2, max_context=128) as one, Engine("demo", None, threads=1, max_context=128) as two:
-        works = [lambda: one.generate("Hello", **options).text, lambda: two.generate("Good night", **options).text]
+    expected = [
+        demo_engine().generate(prompt, **options).text for prompt in ("Hello", "Good night")
+    ]
+    with (
+        Engine("demo", threads=2, max_context=128) as one,
+        Engine("demo", None, threads=1, max_context=128) as two,
+    ):
+        works = [
+            lambda: one.generate("Hello", **options).text,
+            lambda: two.generate("Good night", **options).text,
+        ]
         assert run_all(works) == expected
 
 
@@ -103,16 +126,20 @@ def resident_bytes() -> int:
     raise AssertionError("no VmRSS")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
-def test_memory_stays_flat_over_200_calls() -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="resident memory is read from /proc"
+)
+def test_memory_stays_flat_over_200_calls(tiny: Path) -> None:
     """After a warm-up that touches all of the cache, 200 calls add less than 4 MiB."""
-    with Engine("demo", threads=2, max_context=128, max_batch=2, cache_tokens=256) as engine:
+    with Engine(tiny, threads=2, max_context=128, max_batch=2, cache_tokens=256) as engine:
 
         def call(index: int) -> None:
             prompt = [1 + index % 50] * (1 + index % 60)
-            engine.generate(prompt, max_new_tokens=2, stop_strings=["x"], temperature=0.5, seed=index)
+            engine.generate(
+                prompt, max_new_tokens=2, stop_strings=["x"], temperature=0.5, seed=index
+            )
             if index % 10 == 0:
-                next(engine.stream(prompt)).text  # noqa: B018
+                next(engine.stream(prompt))
 
         for index in range(60):
             call(index)

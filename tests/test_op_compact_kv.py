@@ -91,7 +91,7 @@ def test_every_border(backend: _core.Backend, dtype: str) -> None:
     """Moves within a page, from the next page, across the border, and over more than a page."""
     paths = [[0, 1, 2, 5], [0, 3], [0, 70, 71, 139], [0, 64, 128], [0, *range(65, 130)], [139]]
     crossings = 0
-    for length in (0, 1, 62, 63, 64, 65, 127):
+    for length in (0, 1, 63, 64, 127):
         for path in paths:
             case = PagedCase(backend, [length + 140], dtype=dtype, seed=length, **SHAPE)
             fill(case, np.random.default_rng(length), 0, length, [*range(-1, 139)])
@@ -103,7 +103,7 @@ def test_every_border(backend: _core.Backend, dtype: str) -> None:
             crossings += sum(
                 (length + i) // 64 != (length + node) // 64 for i, node in enumerate(path)
             )
-    assert crossings > 100
+    assert crossings > 50
 
 
 def test_identity_and_empty_paths_move_nothing(backend: _core.Backend) -> None:
@@ -175,7 +175,7 @@ def test_compact_kv_refuses_bad_moves(backend: _core.Backend) -> None:
         (0, 0, [0, 0]),
         (0, 0, [-1, 2]),
         (0, -1, [0]),
-        (9, 0, [0, 2]),
+        (0, 120, [0, 20]),  # on a page that the table does not name
         (-1, 0, [0, 2]),
         (0, 10**6, [0, 2]),
     ]:

@@ -62,7 +62,7 @@ def test_rows_and_threads(backend: _core.Backend) -> None:
 
 def test_top_k_refuses_impossible_k(backend: _core.Backend) -> None:
     x = np.zeros((2, 300), np.float32)
-    for bad in (0, -1, 257):
+    for bad in (0, 257):
         with pytest.raises(ValueError, match=rf"^top_k.*{bad}"):
             _core.ops.top_k(backend, x, bad)
     with pytest.raises(ValueError, match=r"^top_k.*11.*10"):

@@ -85,14 +85,14 @@ def check_rows(
         k, v = keys[seen], values[seen]
         assert np.isfinite(k).all(), "the test wrote every slot that is seen"
         want = reference.attention(q[row], k, v, scale)
-        # A score is an f32 sum of D products: its error, a random walk of D roundings, is the relative error of its
-        # weight, which the norm shares (twice); exp, the weighted sum over S keys and the quotient add theirs.
-        # The output is a convex mix of V, so all of it times max|v|; then the rounding of the output.
+        # A score's error, as in linear, is the relative error of its weight; the norm shares it.
+        # exp, the weighted sum over S keys and the quotient add theirs. The output is a convex mix
+        # of V, so all of it times max|v|; then its rounding. Measured: at most 0.8 of this.
         size = scale * np.einsum(
             "hd,shd->hs", np.abs(q[row]), np.repeat(np.abs(k), group, axis=1)
         ).max(axis=1, keepdims=True)
         peak = np.repeat(np.abs(v).max(axis=(0, 2)), group)[:, None]
-        bound = (0.5 * size + 4 + 0.25 * np.sqrt(len(seen))) * U * peak
+        bound = ((1 + 0.1 * np.sqrt(case.head_dim)) * size + 4 + 0.25 * np.sqrt(len(seen))) * U * peak
         assert_within(
             got[row],
             want,
@@ -100,8 +100,9 @@ def check_rows(
         )
 
 
-@pytest.mark.parametrize("out_dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"), [("f32", "f32"), ("f16", "f32"), ("bf16", "bf16"), ("bf16", "f32")]
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
 def test_mixed_step(
     backend: _core.Backend, heads: int, kv_heads: int, head_dim: int, dtype: str, out_dtype: str
@@ -328,7 +329,17 @@ def test_tree_attention_refuses_wrong_arguments(backend: _core.Backend) -> None:
     ]:
         with pytest.raises(ValueError, match=r"^tree_attention"):
             _core.ops.tree_attention(backend, q, case.cache, layer, rows, 0.25, window, "f32")
-    for name, value in [("sequence", 7), ("prefix_len", 900)]:
-        wrong = {**rows, name: np.full(3, value, np.int32)}
-        with pytest.raises(ValueError, match=rf"^tree_attention.*{name}.*{value}"):
+    tree = tree_rows(0, 5, [-1, 0, 1])
+    for base, name, value in [
+        (rows, "prefix_len", 900),  # prefix and ancestors must make up the position
+        (rows, "prefix_len", 0),
+        (rows, "sequence", -1),
+        (rows, "position", -1),
+        (tree, "ancestors", 1 << 40),
+    ]:
+        wrong = {**base, name: np.full_like(base[name], value)}
+        with pytest.raises(ValueError, match=r"^tree_attention: row 0"):
             _core.ops.tree_attention(backend, good, case.cache, 0, wrong, 0.25, 0, "f32")
+    far = prompt_rows(0, 70, 3)  # on a page that the table does not name
+    with pytest.raises(ValueError, match=r"^tree_attention: page 1 of sequence 0"):
+        _core.ops.tree_attention(backend, good, case.cache, 0, far, 0.25, 0, "f32")

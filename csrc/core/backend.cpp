@@ -1,4 +1,5 @@
-// The public half of every op: check the arguments once, then compute. Nothing is launched for an empty input.
+// The public half of every op: check the arguments once, then compute. Nothing is launched for an
+// empty input.
 // SPDX-License-Identifier: Apache-2.0
 #include "medusa/backend.h"
 
@@ -39,8 +40,9 @@ void check_view(const char* op, const char* name, const TensorView& view,
     size == kAny ? wanted << "any" : wanted << size;
     separator = ", ";
   }
-  throw ArgumentError(concat(op, ": ", name, " is ", dtype_name(view.dtype), " ", shape_string(view),
-                             ok && known ? " without data" : "", "; want ", wanted.str(), "]"));
+  throw ArgumentError(concat(op, ": ", name, " is ", dtype_name(view.dtype), " ",
+                             shape_string(view), ok && known ? " without data" : "", "; want ",
+                             wanted.str(), "]"));
 }
 
 void check_float(const char* op, DType dtype) {
@@ -78,7 +80,8 @@ std::unique_ptr<Weight> Backend::make_weight(int64_t num_outputs, int64_t num_in
 }
 
 void Backend::pack(Weight& weight, int64_t first_output, TensorView src) {
-  check_view("pack", "src", src, {DType::f32, DType::f16, DType::bf16}, {kAny, weight.num_inputs()});
+  check_view("pack", "src", src, {DType::f32, DType::f16, DType::bf16},
+             {kAny, weight.num_inputs()});
   MEDUSA_CHECK_ARG(first_output >= 0 && first_output <= weight.num_outputs() - src.size(0),
                    "pack: rows [", first_output, ", ", first_output + src.size(0),
                    ") are outside the weight's ", weight.num_outputs());
@@ -92,8 +95,9 @@ KvCache Backend::make_kv_cache(const KvShape& shape) {
                    shape.num_pages, " pages; all must be positive");
   MEDUSA_CHECK_ARG(shape.head_dim > 0 && shape.head_dim % 2 == 0, "make_kv_cache: head_dim is ",
                    shape.head_dim, "; must be even and positive");
-  MEDUSA_CHECK_ARG(shape.num_pages < kMaxElements / shape.page_bytes(), "make_kv_cache: ",
-                   shape.num_pages, " pages of ", shape.page_bytes(), " bytes exceed the address space");
+  MEDUSA_CHECK_ARG(shape.num_pages < kMaxElements / shape.page_bytes(),
+                   "make_kv_cache: ", shape.num_pages, " pages of ", shape.page_bytes(),
+                   " bytes exceed the address space");
   KvCache cache;
   cache.shape = shape;
   cache.buffer = allocate(shape.num_pages * shape.page_bytes());
@@ -121,7 +125,8 @@ void Backend::linear(TensorView x, const Weight& weight, TensorView bias, bool a
                      TensorView out) {
   check_view("linear", "x", x, {activation_dtype(weight.dtype())}, {kAny, weight.num_inputs()});
   check_view("linear", "out", out, {DType::f32}, {x.size(0), weight.num_outputs()});
-  if (bias.data != nullptr) check_view("linear", "bias", bias, {DType::f32}, {weight.num_outputs()});
+  if (bias.data != nullptr)
+    check_view("linear", "bias", bias, {DType::f32}, {weight.num_outputs()});
   if (x.size(0) > 0) do_linear(x, weight, bias, accumulate, out);
 }
 
@@ -131,10 +136,12 @@ void Backend::rope_table(const Rows& rows, const RopeConfig& rope, TensorView pr
   MEDUSA_CHECK_ARG(half > 0, "rope_table: inv_freq is empty; want rotary_dim / 2 frequencies");
   check_view("rope_table", "cos", cos, {DType::f32}, {rows.num_rows, half});
   check_view("rope_table", "sin", sin, {DType::f32}, {rows.num_rows, half});
-  MEDUSA_CHECK_ARG(rows.num_rows == 0 || rows.position != nullptr, "rope_table: rows lack position");
+  MEDUSA_CHECK_ARG(rows.num_rows == 0 || rows.position != nullptr,
+                   "rope_table: rows lack position");
   if (rope.dynamic_factor > 0) {
     check_view("rope_table", "prompt_len", prompt_len, {DType::i32}, {rows.num_rows});
-    MEDUSA_CHECK_ARG(rope.original_context > 0, "rope_table: dynamic scaling needs original_context > 0");
+    MEDUSA_CHECK_ARG(rope.original_context > 0,
+                     "rope_table: dynamic scaling needs original_context > 0");
   }
   if (rows.num_rows > 0) do_rope_table(rows, rope, prompt_len, cos, sin);
 }
@@ -147,8 +154,8 @@ void Backend::rope_write(TensorView qkv, const Rows& rows, TensorView cos, Tenso
   check_cache("rope_write", cache, layer);
   check_view("rope_write", "q", q, {activation_dtype(shape.dtype)}, {R, kAny, D});
   check_rows("rope_write", rows, R);
-  MEDUSA_CHECK_ARG(q.size(1) > 0 && q.size(1) % shape.num_kv_heads == 0, "rope_write: q has ", q.size(1),
-                   " heads, the cache has ", shape.num_kv_heads,
+  MEDUSA_CHECK_ARG(q.size(1) > 0 && q.size(1) % shape.num_kv_heads == 0, "rope_write: q has ",
+                   q.size(1), " heads, the cache has ", shape.num_kv_heads,
                    "; the first must be a multiple of the second");
   check_view("rope_write", "qkv", qkv, {DType::f32}, {R, (q.size(1) + 2 * shape.num_kv_heads) * D});
   check_view("rope_write", "cos", cos, {DType::f32}, {R, kAny});
@@ -164,14 +171,16 @@ void Backend::tree_attention(TensorView q, const KvCache& cache, int layer, cons
                              float scale, int window, TensorView out) {
   const KvShape& shape = cache.shape;
   check_cache("tree_attention", cache, layer);
-  check_view("tree_attention", "q", q, {activation_dtype(shape.dtype)}, {kAny, kAny, shape.head_dim});
+  check_view("tree_attention", "q", q, {activation_dtype(shape.dtype)},
+             {kAny, kAny, shape.head_dim});
   check_view("tree_attention", "out", out, {DType::f32, DType::bf16},
              {q.size(0), q.size(1), shape.head_dim});
   check_rows("tree_attention", rows, q.size(0));
   MEDUSA_CHECK_ARG(q.size(1) > 0 && q.size(1) % shape.num_kv_heads == 0, "tree_attention: q has ",
                    q.size(1), " heads, the cache has ", shape.num_kv_heads,
                    "; the first must be a multiple of the second");
-  MEDUSA_CHECK_ARG(window >= 0, "tree_attention: window is ", window, "; must be 0 (all) or positive");
+  MEDUSA_CHECK_ARG(window >= 0, "tree_attention: window is ", window,
+                   "; must be 0 (all) or positive");
   if (q.size(0) > 0) do_tree_attention(q, cache, layer, rows, scale, window, out);
 }
 
@@ -210,10 +219,12 @@ void Backend::verify(TensorView logits, std::span<const VerifyItem> items) {
   for (const VerifyItem& item : items) {
     MEDUSA_CHECK_ARG(item.tree && item.sampling && item.accepted,
                      "verify: an item lacks its tree, sampling or accepted");
-    MEDUSA_CHECK_ARG(item.first_row >= 0 && item.first_row + item.tree->num_nodes() <= logits.size(0),
-                     "verify: a tree of ", item.tree->num_nodes(), " nodes starts at row ", item.first_row,
-                     "; logits have ", logits.size(0), " rows");
-    MEDUSA_CHECK_ARG(item.max_tokens >= 1, "verify: max_tokens is ", item.max_tokens, "; want 1 or more");
+    MEDUSA_CHECK_ARG(
+        item.first_row >= 0 && item.first_row + item.tree->num_nodes() <= logits.size(0),
+        "verify: a tree of ", item.tree->num_nodes(), " nodes starts at row ", item.first_row,
+        "; logits have ", logits.size(0), " rows");
+    MEDUSA_CHECK_ARG(item.max_tokens >= 1, "verify: max_tokens is ", item.max_tokens,
+                     "; want 1 or more");
     MEDUSA_CHECK_ARG(!item.tokens.empty() && item.tokens.back() == item.tree->token(0),
                      "verify: the last token of the text must be the root of its tree");
   }
@@ -223,15 +234,17 @@ void Backend::verify(TensorView logits, std::span<const VerifyItem> items) {
 void Backend::compact_kv(KvCache& cache, std::span<const KvMove> moves) {
   check_cache("compact_kv", cache, 0);
   for (const KvMove& move : moves) {
-    MEDUSA_CHECK_ARG(move.sequence >= 0 && move.len >= 0 && move.n >= 0 && (move.n == 0 || move.path),
-                     "compact_kv: a move has sequence ", move.sequence, ", len ", move.len, ", n ", move.n);
+    MEDUSA_CHECK_ARG(
+        move.sequence >= 0 && move.len >= 0 && move.n >= 0 && (move.n == 0 || move.path),
+        "compact_kv: a move has sequence ", move.sequence, ", len ", move.len, ", n ", move.n);
     for (int i = 0; i < move.n; ++i) {
-      MEDUSA_CHECK_ARG(move.path[i] > (i == 0 ? -1 : move.path[i - 1]),
-                       "compact_kv: path[", i, "] is ", move.path[i], "; a path must rise strictly");
+      MEDUSA_CHECK_ARG(move.path[i] > (i == 0 ? -1 : move.path[i - 1]), "compact_kv: path[", i,
+                       "] is ", move.path[i], "; a path must rise strictly");
     }
-    MEDUSA_CHECK_ARG(move.n == 0 || (int64_t{move.len} + move.path[move.n - 1]) / kPageTokens < cache.max_pages,
-                     "compact_kv: slot ", int64_t{move.len} + move.path[move.n - 1],
-                     " is beyond the page table's ", cache.max_pages, " pages");
+    MEDUSA_CHECK_ARG(
+        move.n == 0 || (int64_t{move.len} + move.path[move.n - 1]) / kPageTokens < cache.max_pages,
+        "compact_kv: slot ", int64_t{move.len} + move.path[move.n - 1],
+        " is beyond the page table's ", cache.max_pages, " pages");
   }
   if (!moves.empty()) do_compact_kv(cache, moves);
 }
@@ -241,15 +254,16 @@ void Backend::copy_page(KvCache& cache, int src, int dst, int num_tokens) {
   const int num_pages = cache.shape.num_pages;
   MEDUSA_CHECK_ARG(src >= 0 && src < num_pages && dst >= 0 && dst < num_pages && src != dst,
                    "copy_page: pages ", src, " to ", dst, "; want two of the ", num_pages);
-  MEDUSA_CHECK_ARG(num_tokens >= 0 && num_tokens <= kPageTokens, "copy_page: num_tokens is ", num_tokens,
-                   "; a page holds ", kPageTokens);
+  MEDUSA_CHECK_ARG(num_tokens >= 0 && num_tokens <= kPageTokens, "copy_page: num_tokens is ",
+                   num_tokens, "; a page holds ", kPageTokens);
   if (num_tokens > 0) do_copy_page(cache, src, dst, num_tokens);
 }
 
 void Backend::read_kv(const KvCache& cache, int layer, int sequence, int slot, float* k, float* v) {
   check_cache("read_kv", cache, layer);
   MEDUSA_CHECK_ARG(sequence >= 0 && slot >= 0 && slot / kPageTokens < cache.max_pages && k && v,
-                   "read_kv: sequence ", sequence, ", slot ", slot, "; a sequence has ", cache.max_pages, " pages");
+                   "read_kv: sequence ", sequence, ", slot ", slot, "; a sequence has ",
+                   cache.max_pages, " pages");
   do_read_kv(cache, layer, sequence, slot, k, v);
 }
 

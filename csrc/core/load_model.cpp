@@ -1,5 +1,6 @@
 // Models that C++ gets by itself: from the one-file export form, or random ones for benchmarks.
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <utility>

@@ -1,4 +1,4 @@
-"""Exact multi-token decoding of language models with Medusa heads, in C++ with thin Python bindings."""
+"""Exact Medusa tree decoding of language models, in C++ with thin Python bindings."""
 
 from medusa_ext._core import Drafter, DraftInput, InternalError, TreeSpec, __version__
 from medusa_ext.answers import Stream

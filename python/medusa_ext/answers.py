@@ -18,6 +18,7 @@ class Answer:
     """One request's text in the making."""
 
     def __init__(self, pump: Pump, builder: TextBuilder) -> None:
+        """Begin with no text."""
         self._pump = pump
         self._builder = builder
         self._told_to_stop = False
@@ -47,7 +48,9 @@ class Answer:
         return text
 
 
-def complete(pump: Pump, submissions: Sequence[Submission], answers: Sequence[Answer]) -> list[Result]:
+def complete(
+    pump: Pump, submissions: Sequence[Submission], answers: Sequence[Answer]
+) -> list[Result]:
     """Run requests to their ends; the results stand in the order of the submissions."""
     ticket = pump.submit(submissions)
     try:
@@ -65,10 +68,12 @@ def complete(pump: Pump, submissions: Sequence[Submission], answers: Sequence[An
 class Stream:
     """Iterator over the pieces of one text; the last piece carries the result.
 
-    Closing it, leaving its `with` block, ^C while it waits, or dropping it ends the request and frees its slot.
+    Closing it, leaving its `with` block, ^C while it waits, or dropping it ends the request and
+    frees its slot.
     """
 
     def __init__(self, pump: Pump, submission: Submission, answer: Answer) -> None:
+        """Start the request."""
         self._pump = pump
         self._answer = answer
         self._pieces: deque[Piece] = deque()
@@ -81,9 +86,11 @@ class Stream:
         return self._answer.text
 
     def __iter__(self) -> Stream:
+        """Return itself."""
         return self
 
     def __next__(self) -> Piece:
+        """Wait for the next piece."""
         try:
             while self._open and not self._pieces:
                 for event in self._pump.wait(self._ticket):
@@ -105,6 +112,7 @@ class Stream:
         self._pump.cancel(self._ticket)
 
     def __enter__(self) -> Stream:
+        """Return itself."""
         return self
 
     def __exit__(
@@ -113,8 +121,10 @@ class Stream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Close."""
         self.close()
 
     def __del__(self) -> None:
+        """Close."""
         if hasattr(self, "_ticket"):  # construction may have failed
             self.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from medusa_ext.results import Piece, Result
@@ -18,18 +18,22 @@ if TYPE_CHECKING:
 class Chat:
     """A conversation. `engine.chat()` makes one; not for use by several threads at once.
 
-    A turn gives exactly what `engine.generate(messages)` gives. It is only sooner: the engine takes keys and values of
-    the longest common beginning from its cache, so that earlier turns are not computed again.
-
-    Args:
-        engine: that answers.
-        system: the system message; None: what the chat template says without one.
+    A turn gives exactly what `engine.generate(messages)` gives. It is only sooner: the engine takes
+    keys and values of the longest common beginning from its cache, so that earlier turns are not
+    computed again.
 
     Attributes:
-        messages: the conversation so far, as dictionaries with "role" and "content"; may be changed between turns.
+        messages: the conversation so far, as dictionaries with "role" and "content"; may be changed
+            between turns.
     """
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
+        """Begin a conversation.
+
+        Args:
+            engine: that answers.
+            system: the system message; None: what the chat template says without one.
+        """
         self._engine = engine
         self._system = system
         self.messages: list[dict[str, Any]] = []
@@ -37,7 +41,9 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation, not the system message."""
-        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+        self.messages = (
+            [] if self._system is None else [{"role": "system", "content": self._system}]
+        )
 
     def send(self, text: str, **options: Unpack[GenerateOptions]) -> Result:
         """Say something and wait for the whole answer.
@@ -55,7 +61,7 @@ class Chat:
         assert result is not None  # the last piece carries it
         return result
 
-    def stream(self, text: str, **options: Unpack[GenerateOptions]) -> Iterator[Piece]:
+    def stream(self, text: str, **options: Unpack[GenerateOptions]) -> Generator[Piece, None, None]:
         """Say something and receive the answer in pieces; the last one carries the result.
 
         Closing the iterator early keeps what was said so far as the answer.
@@ -65,7 +71,7 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": text}]
         return self._turn(messages, self._engine.stream(messages, **options))
 
-    def _turn(self, messages: list[dict[str, Any]], stream: Stream) -> Iterator[Piece]:
+    def _turn(self, messages: list[dict[str, Any]], stream: Stream) -> Generator[Piece, None, None]:
         finished = False
         try:
             for piece in stream:

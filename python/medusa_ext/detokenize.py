@@ -1,12 +1,14 @@
 """Token ids to text, one token at a time, in time linear in the length of the text.
 
-Each token's text is given out as soon as no later token can change it, and the pieces joined are exactly what
-the tokenizer decodes from all tokens at once (special tokens left out). Two kinds of tokenizer exist:
+Each token's text is given out as soon as no later token can change it, and the pieces joined are
+exactly what the tokenizer decodes from all tokens at once (special tokens left out). Two kinds of
+tokenizer exist:
 
-* Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2): a token is a string of bytes. Characters may be cut across
-  tokens, so the bytes of an unfinished one are held back.
-* SentencePiece (Llama 2, Mistral): a token is text, or one byte <0xE2>. A run of byte tokens is valid or replaced
-  as a whole, so it is held back until a token of text ends it. The first token of a text loses its leading space.
+* Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2): a token is a string of bytes. Characters may be
+  cut across tokens, so the bytes of an unfinished one are held back.
+* SentencePiece (Llama 2, Mistral): a token is text, or one byte <0xE2>. A run of byte tokens is
+  valid or replaced as a whole, so it is held back until a token of text ends it. The first token of
+  a text loses its leading space.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
+
+Transformers: TypeAlias = Any  # a transformers tokenizer, or None; that package is untyped
+Backend: TypeAlias = Any  # tokenizers.Tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -32,17 +37,18 @@ class Detokenizer(Protocol):
 
 
 class DetokenizerFactory:
-    """Makes a `Detokenizer` for each text of one tokenizer; holds the tables they share.
+    """Makes a `Detokenizer` for each text of one tokenizer; holds the tables they share."""
 
-    Args:
-        tokenizer: a transformers tokenizer backed by the tokenizers library, or None: every text is empty.
+    def __init__(self, tokenizer: Transformers) -> None:
+        """Look at how the tokenizer decodes.
 
-    Raises:
-        ValueError: a tokenizer of another kind.
-    """
+        Args:
+            tokenizer: backed by the tokenizers library, or None: every text is empty.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        Raises:
+            ValueError: a tokenizer of another kind.
+        """
+        self._backend: Backend = getattr(tokenizer, "backend_tokenizer", None)
         if tokenizer is None:
             return
         if self._backend is None:
@@ -67,7 +73,7 @@ class DetokenizerFactory:
         return _Pieces(self._backend, self._special, self._anchor)
 
     def _find_anchor(self) -> tuple[int, ...]:
-        """Return a token that decodes to visible text whatever follows, to decode pieces in the middle of a text."""
+        """Return a token of visible text, to decode what stands in the middle of a text."""
         for word in ("a", "0", "."):
             token = self._backend.token_to_id(word)
             if token is not None and self._backend.decode([token]) == word:
@@ -88,7 +94,7 @@ class _NoText:
 class _ByteLevel:
     """The bytes of the tokens through an incremental UTF-8 decoder."""
 
-    def __init__(self, backend: Any, special: frozenset[int]) -> None:
+    def __init__(self, backend: Backend, special: frozenset[int]) -> None:
         self._backend = backend
         self._special = special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -103,9 +109,9 @@ class _ByteLevel:
 
 
 class _Pieces:
-    """Tokens decoded piece by piece behind an anchor token, so that no piece is taken for the start of a text."""
+    """Pieces decoded behind an anchor token, so that none is taken for the start of a text."""
 
-    def __init__(self, backend: Any, special: frozenset[int], anchor: Sequence[int]) -> None:
+    def __init__(self, backend: Backend, special: frozenset[int], anchor: Sequence[int]) -> None:
         self._backend = backend
         self._special = special
         self._anchor = list(anchor)
@@ -138,8 +144,8 @@ def token_bytes(name: str) -> bytes:
     """Return the bytes that a token of a byte-level vocabulary stands for.
 
     Args:
-        name: the token as the vocabulary spells it, one printable character per byte; a name with any other
-            character (an added token) stands for its own UTF-8.
+        name: the token as the vocabulary spells it, one printable character per byte; a name with
+            any other character (an added token) stands for its own UTF-8.
     """
     table = _byte_table()
     if all(character in table for character in name):
@@ -149,7 +155,7 @@ def token_bytes(name: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _byte_table() -> dict[str, int]:
-    """Return GPT-2's spelling of bytes: printable Latin-1 characters as they are, the others from U+0100 on."""
+    """Return GPT-2's spelling of bytes: printable Latin-1 as it is, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     table = {chr(byte): byte for byte in printable}

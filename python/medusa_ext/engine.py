@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from medusa_ext import _core
 from medusa_ext.answers import Answer, Stream, Submission, complete
 from medusa_ext.chat import Chat
-from medusa_ext.detokenize import DetokenizerFactory
+from medusa_ext.detokenize import DetokenizerFactory, Transformers
 from medusa_ext.loading import load_model
 from medusa_ext.options import Options, choice, integer, parse_options, shown
 from medusa_ext.prompts import PromptEncoder
@@ -26,32 +26,14 @@ if TYPE_CHECKING:
 
     from medusa_ext.options import GenerateOptions
 
+# A Result, or a list of them for a batch or several samples.
+Results: TypeAlias = Any
+
 ISAS = ("", "generic", "avx2", "avx512")
 
 
 class Engine:
-    """A model, its drafter, and a cache. Any number of threads may use one engine; a forked process may not.
-
-    Args:
-        model: a directory, a `.gguf` file, a file that `medusa-ext export` wrote, a hub id, or "demo".
-        heads: a directory or hub id of Medusa heads, "prompt-lookup", None for plain decoding, or "auto": the heads
-            that come with the model, else prompt lookup.
-        device: "auto" or "cpu".
-        dtype: of weights and cache: "auto" (as in the file), "bf16", "f16" or "f32".
-        tree: of guesses from Medusa heads: "auto", a name, a JSON file, a list of paths, or a `TreeSpec`.
-        max_batch: sequences that decode side by side; more requests wait.
-        max_context: tokens of prompt and output together; None: the model's own.
-        threads: of the CPU; None: one per core that this process may use.
-        cache_tokens: tokens of all sequences that the cache holds; None: min(max_batch * max_context, 16384).
-        prefill_chunk: tokens of a prompt that one step takes at most.
-        isa: instruction set of the kernels, "" for the best: "generic", "avx2" or "avx512".
-        drafter: your own `medusa_ext.Drafter`, instead of heads.
-        local_files_only: never ask the network for a hub id.
-
-    Raises:
-        ValueError: an argument is impossible, or the model cannot be loaded; nothing stays behind.
-        NotImplementedError: the device is one that this build has no backend for.
-    """
+    """A model, its drafter and a cache; any number of threads may use one engine."""
 
     def __init__(
         self,
@@ -70,9 +52,36 @@ class Engine:
         drafter: _core.Drafter | None = None,
         local_files_only: bool = False,
     ) -> None:
+        """Load a model.
+
+        Args:
+            model: a directory, a `.gguf` file, a file that `medusa-ext export` wrote, a hub id, or
+                "demo".
+            heads: a directory or hub id of Medusa heads, "prompt-lookup", None for plain decoding,
+                or "auto": the heads that come with the model, else prompt lookup.
+            device: "auto" or "cpu".
+            dtype: of weights and cache: "auto" (as in the file), "bf16", "f16" or "f32".
+            tree: of guesses from Medusa heads: "auto", a name, a JSON file, a list of paths, or a
+                `TreeSpec`.
+            max_batch: sequences that decode side by side; more requests wait.
+            max_context: tokens of prompt and output together; None: the model's own.
+            threads: of the CPU; None: one per core that this process may use.
+            cache_tokens: tokens of all sequences that the cache holds; None: min(max_batch *
+                max_context, 16384).
+            prefill_chunk: tokens of a prompt that one step takes at most.
+            isa: instruction set of the kernels, "" for the best: "generic", "avx2" or "avx512".
+            drafter: your own `medusa_ext.Drafter`, instead of heads.
+            local_files_only: never ask the network for a hub id.
+
+        Raises:
+            ValueError: an argument is impossible, or the model cannot be loaded; nothing stays.
+            NotImplementedError: the device is one that this build has no backend for.
+        """
         self._pump: Pump | None = None
         if device == "cuda":
-            raise NotImplementedError('device "cuda": this build has no CUDA backend; use device="cpu"')
+            raise NotImplementedError(
+                'device "cuda": this build has no CUDA backend; use device="cpu"'
+            )
         choice("device", device, ("auto", "cpu"))
         choice("dtype", dtype, ("auto", "bf16", "f16", "f32"))
         choice("isa", isa, ISAS)
@@ -90,16 +99,22 @@ class Engine:
                 raise ValueError(f"give heads or a drafter, not both; got heads={heads!r}")
             heads = None
         if tree != "auto":
-            resolve_tree(tree, MAX_RANKS)  # refused before the weights are read; its depth is checked below
+            resolve_tree(
+                tree, MAX_RANKS
+            )  # refused before the weights are read; its depth is checked below
 
         backend = _core.Backend("cpu", threads=num_threads, isa=isa)
-        loaded = load_model(model, heads, dtype=dtype, backend=backend, local_files_only=local_files_only)
+        loaded = load_model(
+            model, heads, dtype=dtype, backend=backend, local_files_only=local_files_only
+        )
         self._model = loaded.model
         self._config = loaded.config
         self._name = os.fspath(model)
         self._tokenizer = loaded.tokenizer
         self._eos_ids = tuple(loaded.eos_ids)
-        self._encoder = PromptEncoder(loaded.tokenizer, loaded.chat_template, self._config["vocab_size"])
+        self._encoder = PromptEncoder(
+            loaded.tokenizer, loaded.chat_template, self._config["vocab_size"]
+        )
         self._detokenizers = DetokenizerFactory(loaded.tokenizer)
         self._tree: _core.TreeSpec | None = None
         self._drafter, self._drafter_name = self._make_drafter(heads, tree, drafter)
@@ -112,27 +127,33 @@ class Engine:
     ) -> tuple[_core.Drafter | None, str]:
         num_heads = self._config["heads"]["num_heads"]
         if num_heads:
-            self._tree = resolve_tree(tree, num_heads, vocab_size=self._config["heads"]["head_vocab"])
+            self._tree = resolve_tree(
+                tree, num_heads, vocab_size=self._config["heads"]["head_vocab"]
+            )
             return _core.medusa_drafter(self._model, self._tree), f"{num_heads} Medusa heads"
         if tree != "auto":
-            raise ValueError(f"tree {shown(tree)} needs Medusa heads, and there are none; leave tree out")
+            raise ValueError(
+                f"tree {shown(tree)} needs Medusa heads, and there are none; leave tree out"
+            )
         if drafter is not None:
             return drafter, type(drafter).__name__
         if heads is None:
             return None, "none"
         return _core.prompt_lookup_drafter(), "prompt lookup"
 
-    def generate(self, prompt: Any, **options: Unpack[GenerateOptions]) -> Any:
+    def generate(self, prompt: object, **options: Unpack[GenerateOptions]) -> Results:
         """Complete one prompt or a batch of prompts.
 
         Args:
-            prompt: raw text, token ids (list or 1-D array), chat messages (list of dictionaries with "role" and
-                "content"), or a list of these. Text in a batch does not depend on what else is in the batch.
+            prompt: raw text, token ids (list or 1-D array), chat messages (list of dictionaries
+                with "role" and "content"), or a list of these. Text in a batch does not depend on
+                what else is in the batch.
             **options: see `Options` for names, meaning and allowed values.
 
         Returns:
-            A `Result`; for a batch a list of them in the order of the prompts. With num_return_sequences n > 1 a list
-            in which the n samples of each prompt follow one another.
+            A `Result`; for a batch a list of them in the order of the prompts. With
+            num_return_sequences n > 1 a list in which the n samples of each prompt follow one
+            another.
 
         Raises:
             TypeError: an option does not exist.
@@ -150,7 +171,7 @@ class Engine:
         results = complete(pump, submissions, answers)
         return results if is_batch or checked.num_return_sequences > 1 else results[0]
 
-    def stream(self, prompt: Any, **options: Unpack[GenerateOptions]) -> Stream:
+    def stream(self, prompt: object, **options: Unpack[GenerateOptions]) -> Stream:
         """Complete one prompt and receive the text in pieces as it becomes final.
 
         Args:
@@ -158,8 +179,8 @@ class Engine:
             **options: as for `generate`, with one sample.
 
         Returns:
-            An iterator of `Piece`; joined they are exactly the text that `generate` gives, and the last one carries
-            the `Result`. Closing or dropping it ends the request.
+            An iterator of `Piece`; joined they are exactly the text that `generate` gives, and the
+            last one carries the `Result`. Closing or dropping it ends the request.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `generate`, at once.
@@ -167,11 +188,14 @@ class Engine:
         pump = self._open_pump()
         prompts, is_batch = self._encoder.encode_batch(prompt, self.max_context - 1)
         if is_batch:
-            raise ValueError(f"stream takes one prompt, got {len(prompts)}; use generate, or one stream each")
+            raise ValueError(
+                f"stream takes one prompt, got {len(prompts)}; use generate, or one stream each"
+            )
         checked = self._options(options, 1)
         if checked.num_return_sequences != 1:
             raise ValueError(
-                f"stream gives one sample, got num_return_sequences={checked.num_return_sequences}; use generate"
+                "stream gives one sample, got"
+                f" num_return_sequences={checked.num_return_sequences}; use generate"
             )
         return Stream(pump, self._submission(prompts[0], checked, 0, 0), self._answer(checked))
 
@@ -185,7 +209,7 @@ class Engine:
         return Chat(self, system)
 
     def score(
-        self, prompt: Any, *, return_hidden: bool = False, chunk: int = 512
+        self, prompt: object, *, return_hidden: bool = False, chunk: int = 512
     ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Run the model over a text without generating.
 
@@ -195,8 +219,9 @@ class Engine:
             chunk: tokens that one pass takes at most; does not change the values.
 
         Returns:
-            Logits [S, V] f32; row i judges the token that follows token i. With return_hidden the pair of the logits and
-            the hidden states after the final norm [S, d] f32. Both export DLPack.
+            Logits [S, V] f32; row i judges the token that follows token i. With return_hidden the
+            pair of the logits and the hidden states after the final norm [S, d] f32. Both export
+            DLPack.
 
         Raises:
             ValueError: as `generate`.
@@ -208,7 +233,11 @@ class Engine:
         integer("chunk", chunk, 1)
         tokens = prompts[0]
         logits = np.empty((len(tokens), self._config["vocab_size"]), np.float32)
-        hidden = np.empty((len(tokens), self._config["hidden_size"]), np.float32) if return_hidden else None
+        hidden = (
+            np.empty((len(tokens), self._config["hidden_size"]), np.float32)
+            if return_hidden
+            else None
+        )
         with pump.alone():  # the model's threads serve one caller at a time
             _core.score(self._model, tokens, chunk, logits, hidden)
         return logits if hidden is None else (logits, hidden)
@@ -227,7 +256,7 @@ class Engine:
         return self._session.max_context
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Transformers:
         """The model's transformers tokenizer."""
         return self._tokenizer
 
@@ -258,7 +287,7 @@ class Engine:
 
     @property
     def memory(self) -> Mapping[str, int]:
-        """Bytes reserved for weights, cache and workspace, and what 1,000 tokens take in the cache."""
+        """Bytes reserved for weights, cache and workspace, and of 1,000 tokens in the cache."""
         self._open_pump()
         stats = self._session.stats()
         return {
@@ -277,7 +306,9 @@ class Engine:
         return parse_options(given, num_prompts=num_prompts, vocab_size=self._config["vocab_size"])
 
     def _answer(self, options: Options) -> Answer:
-        return Answer(self._open_pump(), TextBuilder(self._detokenizers.new(), options.stop_strings))
+        return Answer(
+            self._open_pump(), TextBuilder(self._detokenizers.new(), options.stop_strings)
+        )
 
     def _submission(
         self, tokens: list[int], options: Options, prompt_index: int, sample_index: int
@@ -288,7 +319,10 @@ class Engine:
 
         def submit() -> int:
             return session.submit(
-                tokens, max_new_tokens=options.max_new_tokens or 0, sampling=sampling, eos_ids=eos_ids
+                tokens,
+                max_new_tokens=options.max_new_tokens or 0,
+                sampling=sampling,
+                eos_ids=eos_ids,
             )
 
         return submit
@@ -297,10 +331,13 @@ class Engine:
         if self._pump is None:
             raise RuntimeError("this engine is closed; make a new one")
         if self._pid != os.getpid():
-            raise RuntimeError("this engine belongs to the process that made it; make one after the fork")
+            raise RuntimeError(
+                "this engine belongs to the process that made it; make one after the fork"
+            )
         return self._pump
 
     def __enter__(self) -> Engine:
+        """Return itself."""
         return self
 
     def __exit__(
@@ -309,12 +346,18 @@ class Engine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Close."""
         self.close()
 
-    def __reduce__(self) -> Any:
-        raise TypeError("an Engine cannot be pickled or copied; make one in each process from the same arguments")
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied."""
+        raise TypeError(
+            "an Engine cannot be pickled or copied;"
+            " make one in each process from the same arguments"
+        )
 
     def __repr__(self) -> str:
+        """Show model, drafter, type, context and backend."""
         if self._pump is None:
             return "Engine(closed)"
         return (

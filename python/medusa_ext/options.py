@@ -27,7 +27,7 @@ _OTHER_NAMES = {
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Keyword options of `Engine.generate`, `Engine.stream` and chat turns; names as in transformers' generation."""
+    """Keyword options of `generate`, `stream` and chat turns, named as in transformers."""
 
     max_new_tokens: int | None
     temperature: float
@@ -49,7 +49,8 @@ class Options:
     """Checked options of one call.
 
     Attributes:
-        max_new_tokens: tokens at most, end-of-sequence included; None: up to the end of the context.
+        max_new_tokens: tokens at most, end-of-sequence included; None: up to the end of the
+            context.
         temperature: >= 0; 0 takes the likeliest token.
         top_k: keep the k likeliest ids; 0: all.
         top_p: in (0, 1]; keep the likeliest ids up to this mass.
@@ -109,7 +110,9 @@ def parse_options(given: Mapping[str, Any], *, num_prompts: int, vocab_size: int
     names = list(GenerateOptions.__annotations__)
     for name in given:
         if name not in names:
-            near = _OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
+            near = _OTHER_NAMES.get(name) or next(
+                iter(difflib.get_close_matches(name, names, n=1)), None
+            )
             hint = f"did you mean {near!r}?" if near else f"options are {', '.join(names)}"
             raise TypeError(f"unknown option {name!r}; {hint}")
 
@@ -123,7 +126,9 @@ def parse_options(given: Mapping[str, Any], *, num_prompts: int, vocab_size: int
             case "top_k":
                 values[name] = integer(name, value, 0, 2**31 - 1)
             case "top_p" | "repetition_penalty":
-                values[name] = number(name, value, 0.0, 1.0 if name == "top_p" else 3.0e38, open_low=True)
+                values[name] = number(
+                    name, value, 0.0, 1.0 if name == "top_p" else 3.0e38, open_low=True
+                )
             case "min_p" | "epsilon":
                 values[name] = number(name, value, 0.0, 1.0)
             case "delta":
@@ -154,11 +159,15 @@ def parse_options(given: Mapping[str, Any], *, num_prompts: int, vocab_size: int
     return options
 
 
-def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """Return `value` as an int in [low, high]; ValueError names it otherwise."""
-    allowed = f"an integer of {low} or more" if high is None or high >= 2**31 - 1 else f"an integer in [{low}, {high}]"
+    allowed = (
+        f"an integer of {low} or more"
+        if high is None or high >= 2**31 - 1
+        else f"an integer in [{low}, {high}]"
+    )
     try:
-        result = operator.index(value)
+        result = operator.index(value)  # type: ignore[arg-type]  # it raises TypeError itself
     except TypeError:
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}") from None
     if isinstance(value, bool) or result < low or (high is not None and result > high):
@@ -166,14 +175,15 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     return result
 
 
-def number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
-    """Return `value` as a finite float in [low, high], or (low, high] with open_low; ValueError names it otherwise."""
+def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
+    """Return `value` as a float in [low, high], or (low, high]; ValueError names it otherwise."""
     if high < 1e38:
         allowed = f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
     else:
         allowed = f"a number above {low:g}" if open_low else f"a number of {low:g} or more"
     try:
-        result = math.nan if isinstance(value, bool | str | bytes) else float(value)
+        is_other = isinstance(value, bool | str | bytes)
+        result = math.nan if is_other else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not low <= result <= high or (open_low and result == low):
@@ -181,36 +191,43 @@ def number(name: str, value: Any, low: float, high: float, *, open_low: bool = F
     return result
 
 
-def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+def choice(name: str, value: object, allowed: Sequence[str]) -> str:
     """Return `value` if it is one of the allowed strings; ValueError lists them otherwise."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}")
     return value
 
 
-def shown(value: Any, limit: int = 60) -> str:
+def shown(value: object, limit: int = 60) -> str:
     """Return `value` as an error message shows it: one line, cut."""
     text = " ".join(repr(value).split())
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def _seed(value: Any, num_prompts: int) -> int | tuple[int, ...]:
+def _seed(value: object, num_prompts: int) -> int | tuple[int, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         return integer("seed", value, 0, 2**64 - 1)
     seeds = tuple(integer(f"seed[{index}]", seed, 0, 2**64 - 1) for index, seed in enumerate(value))
     if len(seeds) != num_prompts:
-        raise ValueError(f"seed has {len(seeds)} numbers for {num_prompts} prompts; give one number or one per prompt")
+        raise ValueError(
+            f"seed has {len(seeds)} numbers for {num_prompts} prompts;"
+            " give one number or one per prompt"
+        )
     return seeds
 
 
-def _stop_strings(value: Any) -> tuple[str, ...]:
+def _stop_strings(value: object) -> tuple[str, ...]:
     strings = () if value is None else (value,) if isinstance(value, str) else value
-    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"stop_strings must be a non-empty string or a list of them, got {shown(value)}")
+    if not isinstance(strings, Sequence) or not all(
+        isinstance(string, str) and string for string in strings
+    ):
+        raise ValueError(
+            f"stop_strings must be a non-empty string or a list of them, got {shown(value)}"
+        )
     return tuple(strings)
 
 
-def _eos(value: Any, vocab_size: int) -> tuple[int, ...] | None:
+def _eos(value: object, vocab_size: int) -> tuple[int, ...] | None:
     if value is None:
         return None
     ids = value if isinstance(value, Sequence) else [value]

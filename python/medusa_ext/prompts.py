@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from jinja2 import TemplateError
 
+from medusa_ext.detokenize import Transformers
 from medusa_ext.options import shown
 
 _ALLOWED = "a string, a list of token ids, a list of chat messages, or a list of these"
 
 
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
 class PromptEncoder:
-    """Turns strings, token ids and chat messages into token ids; any thread may use it.
+    """Turns strings, token ids and chat messages into token ids; any thread may use it."""
 
-    Args:
-        tokenizer: a transformers tokenizer, or None: prompts are token ids only.
-        chat_template: Jinja source, or None for a model without one.
-        vocab_size: V; token ids lie in [0, V).
-    """
+    def __init__(self, tokenizer: Transformers, chat_template: str | None, vocab_size: int) -> None:
+        """Take what a loaded model brings.
 
-    def __init__(self, tokenizer: Any, chat_template: str | None, vocab_size: int) -> None:
+        Args:
+            tokenizer: a transformers tokenizer, or None: prompts are token ids only.
+            chat_template: Jinja source, or None for a model without one.
+            vocab_size: V; token ids lie in [0, V).
+        """
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._vocab_size = vocab_size
         self._lock = threading.Lock()  # transformers changes the tokenizer's state while it encodes
 
-    def encode_batch(self, prompt: Any, max_tokens: int) -> tuple[list[list[int]], bool]:
+    def encode_batch(self, prompt: object, max_tokens: int) -> tuple[list[list[int]], bool]:
         """Return the token ids of every prompt, and whether the caller gave a batch.
 
         Args:
@@ -40,8 +48,12 @@ class PromptEncoder:
             ValueError: a prompt is empty, too long, or none of the allowed kinds.
         """
         if isinstance(prompt, Mapping):
-            raise ValueError(f"a single message is no prompt; put it in a list: [{shown(dict(prompt))}]")
-        if not isinstance(prompt, str | Sequence | np.ndarray):
+            raise ValueError(
+                f"a single message is no prompt; put it in a list: [{shown(dict(prompt))}]"
+            )
+        if hasattr(prompt, "__array__"):
+            prompt = np.asarray(prompt)
+        if not isinstance(prompt, str) and not _is_list(prompt):
             raise ValueError(f"the prompt must be {_ALLOWED}, got {type(prompt).__name__}")
         if len(prompt) == 0:
             raise ValueError(f"the prompt is empty; give {_ALLOWED}")
@@ -52,37 +64,40 @@ class PromptEncoder:
             for index, item in enumerate(prompt)
         ], True
 
-    def _checked(self, prompt: Any, name: str, max_tokens: int) -> list[int]:
+    def _checked(self, prompt: object, name: str, max_tokens: int) -> list[int]:
         ids = self._encode(prompt, name)
         if not ids:
             raise ValueError(f"{name} is empty; give at least one token")
         if len(ids) > max_tokens:
             raise ValueError(
-                f"{name} has {len(ids)} tokens, but the context has room for {max_tokens} and one new token;"
-                " shorten it, or raise max_context if the model's own is longer"
+                f"{name} has {len(ids)} tokens, but the context has room for {max_tokens}"
+                " and one new token; shorten it, or raise max_context if the model's own is longer"
             )
         return ids
 
-    def _encode(self, prompt: Any, name: str) -> list[int]:
+    def _encode(self, prompt: object, name: str) -> list[int]:
         if isinstance(prompt, str):
             return self.encode_text(prompt) if prompt else []
-        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        if _is_list(prompt) and len(prompt) and isinstance(prompt[0], Mapping):
             return self.encode_text(self.render(prompt), add_special_tokens=False)
-        if not isinstance(prompt, Sequence | np.ndarray):
-            raise ValueError(f"{name} must be a string, token ids or chat messages, got {shown(prompt)}")
+        if not _is_list(prompt):
+            raise ValueError(
+                f"{name} must be a string, token ids or chat messages, got {shown(prompt)}"
+            )
         ids = []
         for index, token in enumerate(prompt):
             if isinstance(token, bool) or not isinstance(token, int | np.integer):
                 raise ValueError(f"{name}: token id {index} must be an integer, got {shown(token)}")
             if not 0 <= token < self._vocab_size:
                 raise ValueError(
-                    f"{name}: token id {index} is {token}, outside the vocabulary [0, {self._vocab_size})"
+                    f"{name}: token id {index} is {token}, outside the vocabulary"
+                    f" [0, {self._vocab_size})"
                 )
             ids.append(int(token))
         return ids
 
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of raw text; special tokens as the tokenizer adds them by default."""
+        """Return the token ids of raw text, by default with the tokenizer's special tokens."""
         if self._tokenizer is None:
             raise ValueError("this model came without a tokenizer; pass token ids")
         with self._lock:
@@ -93,16 +108,24 @@ class PromptEncoder:
         """Return the text of a conversation up to where the answer begins.
 
         Raises:
-            ValueError: a message lacks its role or content, the model has no chat template, or the template refuses.
+            ValueError: a message lacks its role or content, the model has no chat template, or the
+                template refuses.
         """
         for index, message in enumerate(messages):
-            fields = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else []
+            fields = (
+                [message.get(key) for key in ("role", "content")]
+                if isinstance(message, Mapping)
+                else []
+            )
             if not fields or not all(isinstance(field, str) for field in fields):
                 raise ValueError(
-                    f'message {index} must be {{"role": "user", "content": "..."}} with two strings, got {shown(message)}'
+                    f'message {index} must be {{"role": "user", "content": "..."}} with two'
+                    f" strings, got {shown(message)}"
                 )
         if self._tokenizer is None or not self._chat_template:
-            raise ValueError("this model has no chat template; pass a string or token ids instead of messages")
+            raise ValueError(
+                "this model has no chat template; pass a string or token ids instead of messages"
+            )
         try:
             with self._lock:
                 text: str = self._tokenizer.apply_chat_template(
@@ -112,5 +135,7 @@ class PromptEncoder:
                     tokenize=False,
                 )
         except TemplateError as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+            raise ValueError(
+                f"the model's chat template refuses these messages: {error}"
+            ) from error
         return text

@@ -1,8 +1,8 @@
 """Lets any number of threads share one Session.
 
-Whichever thread needs events and finds nobody stepping drives the session, and hands every event to the call that
-waits for it; the others sleep. There is no thread of our own, so nothing runs while nobody waits, and nothing has to
-be stopped when the interpreter ends.
+Whichever thread needs events and finds nobody stepping drives the session, and hands every event to
+the call that waits for it; the others sleep. There is no thread of our own, so nothing runs while
+nobody waits, and nothing has to be stopped when the interpreter ends.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class Ticket:
     """The requests of one call, and the events that came for them."""
 
     def __init__(self) -> None:
+        """Begin without requests."""
         self.requests: list[int] = []
         self.events: deque[_core.Event] = deque()
         self.error: Exception | None = None
@@ -28,11 +29,12 @@ class Ticket:
 class Pump:
     """Drives a session for the threads that wait for its events.
 
-    ^C may interrupt the main thread between any two bytecodes, so events pass through an inbox that a single call
-    fills, and every thread that takes the lock first hands out what is in it.
+    ^C may interrupt the main thread between any two bytecodes, so events pass through an inbox that
+    a single call fills, and every thread that takes the lock first hands out what is in it.
     """
 
     def __init__(self, session: _core.Session) -> None:
+        """Take over a session: nobody else may step it."""
         self._session = session
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -42,7 +44,7 @@ class Pump:
         self._closed = False
 
     def submit(self, submissions: Iterable[Callable[[], int]]) -> Ticket:
-        """Start requests; each submission calls Session.submit. If one fails, those before it are cancelled."""
+        """Start requests by calls of Session.submit; if one fails, cancel those before it."""
         ticket = Ticket()
         try:
             with self._lock:  # no event is handed out before its ticket is known
@@ -57,7 +59,7 @@ class Pump:
         return ticket
 
     def wait(self, ticket: Ticket) -> list[_core.Event]:
-        """Return the events of these requests since the last call, at least one; drives the session if nobody does.
+        """Return the new events of these requests, at least one; drives if nobody does.
 
         Raises:
             RuntimeError: the engine was closed, or decoding failed in another thread.
@@ -89,11 +91,12 @@ class Pump:
         self._session.cancel(request)
 
     def cancel(self, ticket: Ticket) -> None:
-        """Give up what is left of these requests. Never blocks: the garbage collector may call it anywhere."""
+        """Give up these requests. Never blocks: the garbage collector may call it anywhere."""
         for request in ticket.requests:
             if self._waiting.pop(request, None) is not None:
                 self._session.cancel(request)
-        # The slot becomes free with the next step; where nobody is left to make it, it is made here.
+        # The slot becomes free with the next step; where nobody is left to make it, it is made
+        # here.
         if not self._waiting and self._lock.acquire(blocking=False):
             try:
                 if self._driver is None and not self._waiting and not self._closed:
@@ -117,7 +120,7 @@ class Pump:
             self._stop_driving(thread)
 
     def close(self) -> None:
-        """End all requests with an error, wait for the step that is running, and let go of the session."""
+        """End all requests with an error, wait for a running step, let go of the session."""
         with self._lock:
             if self._closed:
                 return
@@ -141,7 +144,9 @@ class Pump:
         with self._lock:
             self._hand_out()
             if self._waiting and self._session.idle:
-                self._fail(_core.InternalError("the session is idle before its requests have ended"))
+                self._fail(
+                    _core.InternalError("the session is idle before its requests have ended")
+                )
 
     def _stop_driving(self, thread: int) -> None:
         if self._driver == thread:
@@ -151,7 +156,7 @@ class Pump:
                 self._driver = None
 
     def _hand_out(self) -> None:
-        """Move the inbox's events to their tickets. Interrupted anywhere and called again it loses and repeats none."""
+        """Move events from the inbox to their tickets; after an interrupt anywhere, go on."""
         while self._inbox:
             for event in self._inbox[0]:
                 ticket = self._waiting.get(event.request)

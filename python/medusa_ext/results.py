@@ -38,9 +38,10 @@ class Result:
 
     Attributes:
         text: the new text, without special tokens; ends before a stop string.
-        token_ids: the new tokens; the last one is the end-of-sequence token or completes the stop string,
-            if one of these ended the text.
-        finish_reason: "stop" (end of sequence or stop string) or "length" (max_new_tokens or the context's end).
+        token_ids: the new tokens; the last one is the end-of-sequence token or completes the stop
+            string, if one of these ended the text.
+        finish_reason: "stop" (end of sequence or stop string) or "length" (max_new_tokens or the
+            context's end).
         prompt_tokens: length of the prompt in tokens.
         stats: how it was made.
     """
@@ -79,6 +80,8 @@ def make_stats(stats: _core.RequestStats) -> Stats:
         accepted_lengths=lengths,
         prefill_s=stats.prefill_s,
         decode_s=stats.decode_s,
-        decode_tokens_per_s=(emitted - 1) / stats.decode_s if stats.decode_s > 0 and emitted > 1 else 0.0,
+        decode_tokens_per_s=(emitted - 1) / stats.decode_s
+        if stats.decode_s > 0 and emitted > 1
+        else 0.0,
         reused_tokens=stats.reused_tokens,
     )

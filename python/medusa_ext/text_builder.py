@@ -10,10 +10,12 @@ from medusa_ext.detokenize import Detokenizer
 class TextBuilder:
     """Takes tokens one by one, so that the text cannot depend on how many a step accepted.
 
-    Text is given out when it is final: never half a character, never a part of what may become a stop string.
+    Text is given out when it is final: never half a character, never a part of what may become a
+    stop string.
     """
 
     def __init__(self, detokenizer: Detokenizer, stop_strings: Iterable[str]) -> None:
+        """Begin with no text."""
         self._detokenizer = detokenizer
         self._stop_strings = tuple(stop_strings)
         self._pending = ""  # decoded, but perhaps the beginning of a stop string
@@ -27,7 +29,7 @@ class TextBuilder:
         return "".join(self._given)
 
     def push(self, tokens: Iterable[int]) -> str:
-        """Take tokens up to the one that completes a stop string; return the text that became final."""
+        """Take tokens until one completes a stop string; return the text that became final."""
         given = []
         for token in tokens:
             if self.stopped:
@@ -46,14 +48,17 @@ class TextBuilder:
         return self._keep(last)
 
     def _add(self, text: str) -> str:
+        if not self._stop_strings:
+            return text
         self._pending += text
-        if not self._stop_strings or not text:
-            given = "" if self._stop_strings else self._pending
-        else:
+        given = ""
+        if text:
             starts = [self._pending.find(stop) for stop in self._stop_strings]
             found = [start for start in starts if start >= 0]
             self.stopped = bool(found)
-            given = self._pending[: min(found) if found else len(self._pending) - self._held_length()]
+            given = self._pending[
+                : min(found) if found else len(self._pending) - self._held_length()
+            ]
         self._pending = self._pending[len(given) :]
         return given
 

@@ -26,7 +26,9 @@ std::string CpuBackend::detail() const {
   return concat(kernels_.name, ", ", count, count == 1 ? " thread" : " threads");
 }
 
-std::unique_ptr<Buffer> CpuBackend::do_allocate(int64_t num_bytes) { return map_memory(num_bytes, false); }
+std::unique_ptr<Buffer> CpuBackend::do_allocate(int64_t num_bytes) {
+  return map_memory(num_bytes, false);
+}
 
 void CpuBackend::do_rms_norm(TensorView x, TensorView gain, float eps, TensorView out) {
   const int64_t d = x.size(1);
@@ -65,12 +67,13 @@ void CpuBackend::do_gather_rows(TensorView x, TensorView index, TensorView out) 
   const int64_t num_rows = x.size(0), d = x.size(1);
   for (int64_t i = 0; i < index.size(0); ++i) {
     const int32_t row = index.as<int32_t>()[i];
-    MEDUSA_CHECK_ARG(row >= 0 && row < num_rows, "gather_rows: index[", i, "] is ", row, "; x has ", num_rows,
-                     " rows");
+    MEDUSA_CHECK_ARG(row >= 0 && row < num_rows, "gather_rows: index[", i, "] is ", row, "; x has ",
+                     num_rows, " rows");
   }
   split(index.size(0), d, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      kernels_.convert(x.as<float>() + index.as<int32_t>()[i] * d, DType::f32, row_of(out, i), out.dtype, d);
+      kernels_.convert(x.as<float>() + index.as<int32_t>()[i] * d, DType::f32, row_of(out, i),
+                       out.dtype, d);
     }
   });
 }

@@ -24,7 +24,8 @@ class CpuBackend final : public Backend {
 
  protected:
   std::unique_ptr<Buffer> do_allocate(int64_t num_bytes) override;
-  std::unique_ptr<Weight> do_make_weight(int64_t num_outputs, int64_t num_inputs, DType dtype) override;
+  std::unique_ptr<Weight> do_make_weight(int64_t num_outputs, int64_t num_inputs,
+                                         DType dtype) override;
   void do_pack(Weight& weight, int64_t first_output, TensorView src) override;
 
  private:
@@ -32,12 +33,13 @@ class CpuBackend final : public Backend {
   void do_rms_norm(TensorView x, TensorView gain, float eps, TensorView out) override;
   void do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate,
                  TensorView out) override;
-  void do_rope_table(const Rows& rows, const RopeConfig& rope, TensorView prompt_len, TensorView cos,
-                     TensorView sin) override;
-  void do_rope_write(TensorView qkv, const Rows& rows, TensorView cos, TensorView sin, TensorView q_gain,
-                     TensorView k_gain, float eps, KvCache& cache, int layer, TensorView q) override;
-  void do_tree_attention(TensorView q, const KvCache& cache, int layer, const Rows& rows, float scale,
-                         int window, TensorView out) override;
+  void do_rope_table(const Rows& rows, const RopeConfig& rope, TensorView prompt_len,
+                     TensorView cos, TensorView sin) override;
+  void do_rope_write(TensorView qkv, const Rows& rows, TensorView cos, TensorView sin,
+                     TensorView q_gain, TensorView k_gain, float eps, KvCache& cache, int layer,
+                     TensorView q) override;
+  void do_tree_attention(TensorView q, const KvCache& cache, int layer, const Rows& rows,
+                         float scale, int window, TensorView out) override;
   void do_gated_activation(TensorView gate_up, Activation activation, TensorView out) override;
   void do_residual_silu(TensorView y, TensorView u, TensorView copy) override;
   void do_gather_rows(TensorView x, TensorView index, TensorView out) override;
@@ -45,13 +47,16 @@ class CpuBackend final : public Backend {
   void do_verify(TensorView logits, std::span<const VerifyItem> items) override;
   void do_compact_kv(KvCache& cache, std::span<const KvMove> moves) override;
   void do_copy_page(KvCache& cache, int src, int dst, int num_tokens) override;
-  void do_read_kv(const KvCache& cache, int layer, int sequence, int slot, float* k, float* v) override;
+  void do_read_kv(const KvCache& cache, int layer, int sequence, int slot, float* k,
+                  float* v) override;
 
-  // body(first, last) over pieces of [0, count): one piece where the whole is less than about 20 us of work.
+  // body(first, last) over pieces of [0, count): one piece where the whole is less than about 20 us
+  // of work.
   template <class Body>
   void split(int64_t count, int64_t work_per_item, const Body& body) {
     constexpr int64_t kWorth = 16384;  // elements of work that pay for waking another thread
-    const int64_t pieces = std::min<int64_t>({count, 4 * pool_.num_threads(), count * work_per_item / kWorth});
+    const int64_t pieces =
+        std::min<int64_t>({count, 4 * pool_.num_threads(), count * work_per_item / kWorth});
     if (pieces <= 1) return body(0, count);
     pool_.run(static_cast<int>(pieces),
               [&](int piece) { body(count * piece / pieces, count * (piece + 1) / pieces); });

@@ -11,8 +11,8 @@ namespace {
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable{&kernels_generic()};
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   if (avx2) usable.push_back(&kernels_avx2());
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -42,7 +42,8 @@ const Kernels& select_kernels(const std::string& isa) {
     if (wanted == kernels->name) return *kernels;
     names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
-  throw ArgumentError(concat(isa.empty() ? "MEDUSA_CPU_ISA is \"" : "isa is \"", wanted, "\"; available here: ", names));
+  throw ArgumentError(concat(isa.empty() ? "MEDUSA_CPU_ISA is \"" : "isa is \"", wanted,
+                             "\"; available here: ", names));
 }
 
 }  // namespace medusa::cpu

@@ -1,5 +1,5 @@
-// Where an element lies in a packed weight and in a block of the cache. The kernels rely on these; see kernels/linear.cpp and
-// kernels/attention.cpp.
+// Where an element lies in a packed weight and in a block of the cache. The kernels rely on these;
+// see kernels/linear.cpp and kernels/attention.cpp.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -10,7 +10,8 @@
 
 namespace medusa::cpu {
 
-// Consecutive k that lie side by side, [K / pair][columns][pair]: what one bf16 product instruction takes.
+// Consecutive k that lie side by side, [K / pair][columns][pair]: what one bf16 product instruction
+// takes.
 constexpr int64_t pair_of(DType dtype) { return dtype == DType::bf16 ? 2 : 1; }
 
 // Element (k, column) of a [K / pair][num_columns][pair] block.
@@ -21,7 +22,8 @@ constexpr int64_t packed_index(int64_t k, int64_t column, int64_t num_columns, i
 static_assert(kPage == kPageTokens && kMaxAncestorWords == kAncestorWords);
 
 // First byte of the block of one (layer, K or V, page, kv head).
-inline char* cache_block(const KvCache& cache, int64_t layer, int64_t kv, int64_t page, int64_t head) {
+inline char* cache_block(const KvCache& cache, int64_t layer, int64_t kv, int64_t page,
+                         int64_t head) {
   const KvShape& shape = cache.shape;
   const int64_t block = ((layer * 2 + kv) * shape.num_pages + page) * shape.num_kv_heads + head;
   return static_cast<char*>(cache.buffer->data()) +

@@ -16,12 +16,14 @@ constexpr int kMapFlags = MAP_PRIVATE | MAP_ANONYMOUS;
 #endif
 
 int64_t physical_bytes() {
-  return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<int64_t>(sysconf(_SC_PAGESIZE));
+  return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) *
+         static_cast<int64_t>(sysconf(_SC_PAGESIZE));
 }
 
 int64_t free_bytes() {
 #ifdef _SC_AVPHYS_PAGES
-  return static_cast<int64_t>(sysconf(_SC_AVPHYS_PAGES)) * static_cast<int64_t>(sysconf(_SC_PAGESIZE));
+  return static_cast<int64_t>(sysconf(_SC_AVPHYS_PAGES)) *
+         static_cast<int64_t>(sysconf(_SC_PAGESIZE));
 #else
   return physical_bytes();
 #endif
@@ -32,16 +34,19 @@ class MappedBuffer final : public Buffer {
   MappedBuffer(int64_t num_bytes, bool huge_pages) {
     num_bytes_ = num_bytes;
     mapped_bytes_ = static_cast<size_t>(num_bytes > 0 ? num_bytes : 1);
-    // The mapping reserves nothing, so the system would accept what it can never deliver and kill the process later.
+    // The mapping reserves nothing, so the system would accept what it can never deliver and kill
+    // the process later.
     void* memory = num_bytes > physical_bytes()
                        ? MAP_FAILED
                        : mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, kMapFlags, -1, 0);
     if (memory == MAP_FAILED) {
-      throw OutOfMemory(concat("out of memory: ", num_bytes, " bytes asked, ", free_bytes(), " bytes free"));
+      throw OutOfMemory(
+          concat("out of memory: ", num_bytes, " bytes asked, ", free_bytes(), " bytes free"));
     }
     data_ = memory;
 #ifdef MADV_HUGEPAGE
-    if (huge_pages) static_cast<void>(madvise(memory, mapped_bytes_, MADV_HUGEPAGE));  // only advice
+    if (huge_pages)
+      static_cast<void>(madvise(memory, mapped_bytes_, MADV_HUGEPAGE));  // only advice
 #else
     static_cast<void>(huge_pages);
 #endif

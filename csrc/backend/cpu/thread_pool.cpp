@@ -24,7 +24,8 @@
 namespace medusa::cpu {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(100);  // longer than the serial code between two ops of a step
+constexpr auto kSpin =
+    std::chrono::microseconds(100);  // longer than the serial code between two ops of a step
 constexpr int kMaxThreads = 1024;
 
 std::atomic<uint64_t> fork_count{0};  // how many forks lie between this process and the first one
@@ -63,9 +64,10 @@ int usable_processors() {
 
 }  // namespace
 
-// A ticket is (job << 32 | tasks not yet claimed). A worker claims by exchanging the whole ticket, so a claim that succeeds
-// proves that this job is still open; `body` and `num_tasks` cannot change before the claimed task is done, and are
-// read only after the claim. (A stale exchange could succeed only if a worker slept through 2^32 jobs.)
+// A ticket is (job << 32 | tasks not yet claimed). A worker claims by exchanging the whole ticket,
+// so a claim that succeeds proves that this job is still open; `body` and `num_tasks` cannot change
+// before the claimed task is done, and are read only after the claim. (A stale exchange could
+// succeed only if a worker slept through 2^32 jobs.)
 struct ThreadPool::State {
   alignas(64) std::atomic<uint64_t> ticket{0};
   alignas(64) std::atomic<int> unfinished{0};
@@ -111,13 +113,15 @@ ThreadPool::ThreadPool(int num_threads) {
   static_cast<void>(registered);
   state_ = std::make_unique<State>();
   state_->threads.reserve(static_cast<size_t>(num_threads_ - 1));
-  for (int i = 1; i < num_threads_; ++i) state_->threads.emplace_back([state = state_.get()] { work(*state); });
+  for (int i = 1; i < num_threads_; ++i)
+    state_->threads.emplace_back([state = state_.get()] { work(*state); });
 }
 
 ThreadPool::~ThreadPool() {
   if (!state_) return;
   if (state_->born != fork_count.load()) {
-    // The workers live in the parent only: neither they nor what they wait on can be torn down here.
+    // The workers live in the parent only: neither they nor what they wait on can be torn down
+    // here.
     static_cast<void>(state_.release());
     return;
   }
@@ -134,8 +138,9 @@ void ThreadPool::work(State& state) {
   const auto open = [&] { return (state.ticket.load() & 0xffffffffu) != 0 || state.stop.load(); };
   while (!state.stop) {
     if (!spin_until(open)) {
-      // No wake-up is lost: either this thread sees the new ticket after counting itself, or run(), which
-      // publishes the ticket before it reads the count, sees the sleeper (all four are seq_cst).
+      // No wake-up is lost: either this thread sees the new ticket after counting itself, or run(),
+      // which publishes the ticket before it reads the count, sees the sleeper (all four are
+      // seq_cst).
       std::unique_lock lock(state.sleep_mutex);
       state.sleepers.fetch_add(1);
       state.wake.wait(lock, open);
@@ -146,7 +151,8 @@ void ThreadPool::work(State& state) {
 }
 
 void ThreadPool::run(int num_tasks, TaskRef body) {
-  if (num_tasks <= 1 || !state_ || inside_task || state_->born != fork_count.load(std::memory_order_relaxed)) {
+  if (num_tasks <= 1 || !state_ || inside_task ||
+      state_->born != fork_count.load(std::memory_order_relaxed)) {
     for (int task = 0; task < num_tasks; ++task) body(task);
     return;
   }
@@ -158,7 +164,9 @@ void ThreadPool::run(int num_tasks, TaskRef body) {
   const uint64_t job = (state.ticket.load(std::memory_order_relaxed) >> 32) + 1;
   state.ticket.store(job << 32 | static_cast<uint64_t>(num_tasks));
   if (state.sleepers.load() > 0) {
-    { const std::lock_guard lock(state.sleep_mutex); }  // a worker between its check and its sleep holds this
+    {
+      const std::lock_guard lock(state.sleep_mutex);
+    }  // a worker between its check and its sleep holds this
     state.wake.notify_all();
   }
 

@@ -14,7 +14,9 @@ class TaskRef {
     requires(!std::is_same_v<std::remove_cvref_t<F>, TaskRef>)
   TaskRef(F&& body)  // NOLINT: implicit, so that lambdas pass as they are
       : object_(const_cast<void*>(static_cast<const void*>(&body))),
-        call_([](void* object, int task) { (*static_cast<std::remove_reference_t<F>*>(object))(task); }) {}
+        call_([](void* object, int task) {
+          (*static_cast<std::remove_reference_t<F>*>(object))(task);
+        }) {}
   void operator()(int task) const { call_(object_, task); }
 
  private:
@@ -32,9 +34,9 @@ class ThreadPool {
 
   int num_threads() const { return num_threads_; }
 
-  // body(task) once for every task in [0, num_tasks), the caller helping; returns when all are done and rethrows the first
-  // exception. Calls from several threads take turns. A call from inside a task, or in a forked child (whose workers
-  // do not exist), runs all tasks itself.
+  // body(task) once for every task in [0, num_tasks), the caller helping; returns when all are done
+  // and rethrows the first exception. Calls from several threads take turns. A call from inside a
+  // task, or in a forked child (whose workers do not exist), runs all tasks itself.
   void run(int num_tasks, TaskRef body);
 
  private:

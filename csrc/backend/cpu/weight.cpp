@@ -22,19 +22,26 @@ class PackedWeight final : public Weight {
   int64_t num_bytes() const override { return memory_->num_bytes(); }
   int64_t num_blocks() const { return (num_outputs_ + kColumns - 1) / kColumns; }
   int64_t block_bytes() const { return kColumns * num_inputs_ * dtype_bytes(dtype_); }
-  char* block(int64_t index) const { return static_cast<char*>(memory_->data()) + index * block_bytes(); }
+  char* block(int64_t index) const {
+    return static_cast<char*>(memory_->data()) + index * block_bytes();
+  }
 
  private:
   std::unique_ptr<Buffer> memory_;
 };
 
-const PackedWeight& packed(const Weight& weight) { return static_cast<const PackedWeight&>(weight); }
+const PackedWeight& packed(const Weight& weight) {
+  return static_cast<const PackedWeight&>(weight);
+}
 
-// Copies row `src` [count] to column `column` of a block, k from first_k; T holds pair values side by side.
+// Copies row `src` [count] to column `column` of a block, k from first_k; T holds pair values side
+// by side.
 template <class T>
-void scatter(const void* src, char* block, int64_t first_k, int64_t count, int64_t column, int64_t pair) {
+void scatter(const void* src, char* block, int64_t first_k, int64_t count, int64_t column,
+             int64_t pair) {
   const int64_t num_words = count / pair;
-  char* to = block + packed_index(first_k, column, kColumns, pair) * static_cast<int64_t>(sizeof(T)) / pair;
+  char* to = block +
+             packed_index(first_k, column, kColumns, pair) * static_cast<int64_t>(sizeof(T)) / pair;
   for (int64_t i = 0; i < num_words; ++i) {
     std::memcpy(to + i * kColumns * static_cast<int64_t>(sizeof(T)),
                 static_cast<const char*>(src) + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
@@ -43,7 +50,8 @@ void scatter(const void* src, char* block, int64_t first_k, int64_t count, int64
 
 }  // namespace
 
-std::unique_ptr<Weight> CpuBackend::do_make_weight(int64_t num_outputs, int64_t num_inputs, DType dtype) {
+std::unique_ptr<Weight> CpuBackend::do_make_weight(int64_t num_outputs, int64_t num_inputs,
+                                                   DType dtype) {
   if (num_inputs % pair_of(dtype) != 0) {
     throw UnsupportedError(concat("make_weight: a bf16 weight has ", num_inputs,
                                   " inputs; the CPU needs an even number (or f16, f32)"));
@@ -51,21 +59,24 @@ std::unique_ptr<Weight> CpuBackend::do_make_weight(int64_t num_outputs, int64_t 
   return std::make_unique<PackedWeight>(num_outputs, num_inputs, dtype);
 }
 
-// Traffic: source and weight once. Pieces of 256 values of a row are converted and then spread over their column; 32 rows of a
-// block fall into the same cache lines.
+// Traffic: source and weight once. Pieces of 256 values of a row are converted and then spread over
+// their column; 32 rows of a block fall into the same cache lines.
 void CpuBackend::do_pack(Weight& weight, int64_t first_output, TensorView src) {
   constexpr int64_t kPiece = 256;
   const PackedWeight& target = packed(weight);
-  const int64_t K = weight.num_inputs(), end = first_output + src.size(0), pair = pair_of(weight.dtype());
+  const int64_t K = weight.num_inputs(), end = first_output + src.size(0),
+                pair = pair_of(weight.dtype());
   const int64_t first_block = first_output / kColumns, last_block = (end + kColumns - 1) / kColumns;
   split(last_block - first_block, kColumns * K, [&](int64_t first, int64_t last) {
     alignas(64) char piece[kPiece * sizeof(float)];
     for (int64_t block = first_block + first; block < first_block + last; ++block) {
-      const int64_t low = std::max(block * kColumns, first_output), high = std::min((block + 1) * kColumns, end);
+      const int64_t low = std::max(block * kColumns, first_output),
+                    high = std::min((block + 1) * kColumns, end);
       for (int64_t k = 0; k < K; k += kPiece) {
         const int64_t count = std::min(kPiece, K - k);
         for (int64_t output = low; output < high; ++output) {
-          const char* row = src.as<char>() + ((output - first_output) * K + k) * dtype_bytes(src.dtype);
+          const char* row =
+              src.as<char>() + ((output - first_output) * K + k) * dtype_bytes(src.dtype);
           const void* values = row;
           if (src.dtype != weight.dtype()) {
             kernels_.convert(row, src.dtype, piece, weight.dtype(), count);
@@ -82,14 +93,16 @@ void CpuBackend::do_pack(Weight& weight, int64_t first_output, TensorView src) {
   });
 }
 
-// Traffic: one cache line for every pair of values, N K bytes(W) / 32 in the worst case of all rows.
+// Traffic: one cache line for every pair of values, N K bytes(W) / 32 in the worst case of all
+// rows.
 void CpuBackend::do_embed(TensorView tokens, const Weight& weight, float scale, TensorView out) {
   const PackedWeight& source = packed(weight);
-  const int64_t K = weight.num_inputs(), pair = pair_of(weight.dtype()), bytes = dtype_bytes(weight.dtype());
+  const int64_t K = weight.num_inputs(), pair = pair_of(weight.dtype()),
+                bytes = dtype_bytes(weight.dtype());
   for (int64_t row = 0; row < tokens.size(0); ++row) {
     const int32_t token = tokens.as<int32_t>()[row];
-    MEDUSA_CHECK_ARG(token >= 0 && token < weight.num_outputs(), "embed: tokens[", row, "] is ", token,
-                     "; the vocabulary has ", weight.num_outputs());
+    MEDUSA_CHECK_ARG(token >= 0 && token < weight.num_outputs(), "embed: tokens[", row, "] is ",
+                     token, "; the vocabulary has ", weight.num_outputs());
   }
   split(tokens.size(0), 8 * K, [&](int64_t first, int64_t last) {
     constexpr int64_t kPiece = 256;
@@ -99,7 +112,8 @@ void CpuBackend::do_embed(TensorView tokens, const Weight& weight, float scale, 
       float* values = out.as<float>() + row * K;
       for (int64_t k = 0; k < K; k += kPiece) {
         const int64_t count = std::min(kPiece, K - k);
-        const char* from = source.block(token / kColumns) + packed_index(k, token % kColumns, kColumns, pair) * bytes;
+        const char* from = source.block(token / kColumns) +
+                           packed_index(k, token % kColumns, kColumns, pair) * bytes;
         for (int64_t i = 0; i < count; i += pair, from += kColumns * pair * bytes) {
           std::memcpy(piece + i * bytes, from, static_cast<size_t>(pair * bytes));
         }
@@ -112,16 +126,18 @@ void CpuBackend::do_embed(TensorView tokens, const Weight& weight, float scale, 
   });
 }
 
-void CpuBackend::do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate, TensorView out) {
-  constexpr int64_t kPanelRows = 120;  // a panel of x stays in the second-level cache while blocks of W pass
+void CpuBackend::do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate,
+                           TensorView out) {
+  constexpr int64_t kPanelRows =
+      120;  // a panel of x stays in the second-level cache while blocks of W pass
   constexpr int64_t kWorthBytes = 32768;
   const PackedWeight& matrix = packed(weight);
   const int64_t R = x.size(0), num_blocks = matrix.num_blocks();
   const int64_t num_panels = (R + kPanelRows - 1) / kPanelRows;
   const int64_t threads = pool_.num_threads();
   const int64_t work = num_blocks * matrix.block_bytes();
-  const int64_t num_stripes =
-      std::max<int64_t>(1, std::min({num_blocks, 4 * threads, work * std::min<int64_t>(R, 8) / kWorthBytes}));
+  const int64_t num_stripes = std::max<int64_t>(
+      1, std::min({num_blocks, 4 * threads, work * std::min<int64_t>(R, 8) / kWorthBytes}));
   pool_.run(static_cast<int>(num_panels * num_stripes), [&](int task) {
     const int64_t panel = task / num_stripes, stripe = task % num_stripes;
     const int64_t first_row = R * panel / num_panels, last_row = R * (panel + 1) / num_panels;

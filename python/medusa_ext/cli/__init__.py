@@ -36,7 +36,7 @@ def version() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 2 bad input, 1 anything else that failed, 130 on ^C."""
+    """Run the command line and exit: 0 done, 2 bad input, 1 another failure, 130 on ^C."""
     sys.exit(run(arguments))
 
 
@@ -44,7 +44,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status; every failure is one line on stderr."""
     try:
         command = typer.main.get_command(app)
-        status = command.main(list(arguments) if arguments is not None else None, "medusa-ext", standalone_mode=False)
+        status = command.main(
+            list(arguments) if arguments is not None else None, "medusa-ext", standalone_mode=False
+        )
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
@@ -63,5 +65,7 @@ def _report(error: Exception) -> int:
     message = usage() if usage is not None else str(error)
     line = " ".join(message.split()) or type(error).__name__
     print(f"medusa-ext: error: {line}", file=sys.stderr)
-    bad_input = usage is not None or isinstance(error, ValueError | NotImplementedError | OSError | ImportError)
+    bad_input = usage is not None or isinstance(
+        error, ValueError | NotImplementedError | OSError | ImportError
+    )
     return 2 if bad_input else 1

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from medusa_ext.chat import Chat
 from medusa_ext.cli import common
 from medusa_ext.options import parse_options
 
@@ -58,11 +59,14 @@ def chat(
         converse(engine.chat(system), options)
 
 
-def converse(conversation: Any, options: dict[str, Any]) -> None:
+def converse(conversation: Chat, options: dict[str, Any]) -> None:
     """Read lines and answer them until /exit, ^D, or ^C at the prompt."""
     interactive = sys.stdin.isatty()
     if interactive:
-        print("Type a message; /reset begins anew, /exit or ^D leaves, ^C stops an answer.", file=sys.stderr)
+        print(
+            "Type a message; /reset begins anew, /exit or ^D leaves, ^C stops an answer.",
+            file=sys.stderr,
+        )
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -80,7 +84,7 @@ def converse(conversation: Any, options: dict[str, Any]) -> None:
             _answer(conversation, line, options)
 
 
-def _answer(conversation: Any, line: str, options: dict[str, Any]) -> None:
+def _answer(conversation: Chat, line: str, options: dict[str, Any]) -> None:
     """Print one answer. What goes wrong with it does not end the conversation."""
     try:
         with closing(conversation.stream(line, **options)) as pieces:

@@ -6,14 +6,18 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medusa_ext.results import Piece, Result, Stats
 
+if TYPE_CHECKING:
+    from medusa_ext.engine import Engine
+
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="Directory, .gguf file, exported file, hub id, or demo.")
+    str,
+    typer.Option("--model", "-m", help="Directory, .gguf file, exported file, hub id, or demo."),
 ]
 Heads = Annotated[
     str, typer.Option(help="Directory or hub id of Medusa heads, prompt-lookup, none, or auto.")
@@ -25,13 +29,17 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores by def
 MaxContext = Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Never ask the network.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens at most.")]
-Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")
+]
 TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")]
 MinP = Annotated[float, typer.Option(help="Keep tokens this likely relative to the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: repeat less.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be repeated.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="End before this string; may be repeated.")
+]
 Acceptance = Annotated[str, typer.Option(help="exact, or typical (faster, changes the output).")]
 
 
@@ -46,7 +54,7 @@ def make_engine(
     max_context: int | None,
     local_files_only: bool,
     max_batch: int = 8,
-) -> Any:
+) -> Engine:
     """Return an `Engine` for the options of the command line."""
     quiet_libraries()
     from medusa_ext.engine import Engine
@@ -88,7 +96,9 @@ def print_pieces(pieces: Iterable[Piece]) -> None:
 
 def print_statistics(result: Result) -> None:
     """Print one line about how a text was made to stderr, so that stdout holds the text alone."""
-    print(statistics_line(len(result.token_ids), result.prompt_tokens, result.stats), file=sys.stderr)
+    print(
+        statistics_line(len(result.token_ids), result.prompt_tokens, result.stats), file=sys.stderr
+    )
 
 
 def statistics_line(new_tokens: int, prompt_tokens: int, stats: Stats) -> str:
@@ -96,6 +106,7 @@ def statistics_line(new_tokens: int, prompt_tokens: int, stats: Stats) -> str:
     computed = prompt_tokens - stats.reused_tokens
     reused = f" ({stats.reused_tokens} from the cache)" if stats.reused_tokens else ""
     return (
-        f"[{new_tokens} tokens, {stats.decode_tokens_per_s:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens/step,"
+        f"[{new_tokens} tokens, {stats.decode_tokens_per_s:.1f} tokens/s,"
+        f" {stats.tokens_per_step:.2f} tokens/step,"
         f" prefill {computed} tokens{reused} in {stats.prefill_s:.2f} s]"
     )

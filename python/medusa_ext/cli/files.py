@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="Directory, .gguf file, exported file, hub id, or demo.")],
+    path: Annotated[
+        str, typer.Argument(help="Directory, .gguf file, exported file, hub id, or demo.")
+    ],
     heads: common.Heads = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     local_files_only: common.LocalFilesOnly = False,
@@ -34,9 +36,14 @@ def inspect(
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Directory, .gguf file, exported file, hub id, or demo.")],
+    model: Annotated[
+        str, typer.Argument(help="Directory, .gguf file, exported file, hub id, or demo.")
+    ],
     paths: Annotated[
-        list[str], typer.Argument(metavar="[HEADS] OUT", help="Heads, if any, and the .safetensors file to write.")
+        list[str],
+        typer.Argument(
+            metavar="[HEADS] OUT", help="Heads, if any, and the .safetensors file to write."
+        ),
     ],
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
@@ -54,10 +61,14 @@ def export(
 def _table(found: Inspection) -> Table:
     heads = "none"
     if found.heads is not None:
-        projection = "the model's lm_head" if found.heads.shared_lm_head else f"{found.heads.head_vocab} rows each"
+        projection = (
+            "the model's lm_head"
+            if found.heads.shared_lm_head
+            else f"{found.heads.head_vocab} rows each"
+        )
         heads = (
-            f"{found.heads.num_heads} of {found.heads.num_layers} layers, format {found.heads.format},"
-            f" projections: {projection}"
+            f"{found.heads.num_heads} of {found.heads.num_layers} layers,"
+            f" format {found.heads.format}, projections: {projection}"
         )
     stored = ", ".join(f"{name} {_mebibytes(size)}" for name, size in found.stored_types.items())
     rows = {
@@ -66,7 +77,8 @@ def _table(found: Inspection) -> Table:
         "family": found.family,
         "parameters": f"{found.num_parameters / 1e6:,.1f} M",
         "layers, hidden size": f"{found.num_layers}, {found.hidden_size}",
-        "heads (query, key/value), size": f"{found.num_heads}, {found.num_kv_heads}, {found.head_dim}",
+        "query heads, key/value heads": f"{found.num_heads}, {found.num_kv_heads}",
+        "head size": f"{found.head_dim}",
         "MLP size": f"{found.intermediate_size}",
         "vocabulary": f"{found.vocab_size}{' (tied)' if found.tied_embeddings else ''}",
         "context": f"{found.max_context} tokens",

@@ -16,12 +16,21 @@ from medusa_ext.options import DEFAULT_MAX_NEW_TOKENS, parse_options
 def generate(
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT...", help='What to say; several make a batch; "-" reads standard input.'),
+        typer.Argument(
+            metavar="PROMPT...", help='What to say; several make a batch; "-" reads standard input.'
+        ),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Take prompts from a file, one per line.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Complete the text as it stands, without the chat template.")] = False,
+    file: Annotated[
+        Path | None, typer.Option(help="Take prompts from a file, one per line.")
+    ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Complete the text as it stands, without the chat template."),
+    ] = False,
     system: Annotated[str | None, typer.Option(help="System message; not with --raw.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per text instead.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per text instead.")
+    ] = False,
     num_return_sequences: Annotated[int, typer.Option(help="Samples per prompt.")] = 1,
     model: common.Model = "demo",
     heads: common.Heads = "auto",
@@ -44,10 +53,12 @@ def generate(
     max_context: common.MaxContext = None,
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
-    """Complete prompts: the text goes to standard output, one line of statistics to standard error."""
+    """Complete prompts: text goes to standard output, a line of statistics to standard error."""
     texts = read_prompts(prompts or [], file)
     if raw and system is not None:
-        raise ValueError("--system is part of the chat template, and --raw leaves that out; give one of them")
+        raise ValueError(
+            "--system is part of the chat template, and --raw leaves that out; give one of them"
+        )
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -85,7 +96,7 @@ def generate(
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
-    """Return the prompts of the arguments, standard input ("-") and the file's lines; at least one, none empty."""
+    """Return all prompts: arguments, standard input for "-", lines of the file; none is empty."""
     texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in given]
     if file is not None:
         try:
@@ -111,7 +122,9 @@ def _print_results(results: list[Any], texts: list[str], samples: int, as_json: 
     for index, result in enumerate(results):
         prompt = texts[index // samples]
         if as_json:
-            print(json.dumps({"prompt": prompt, **result.to_dict()}, ensure_ascii=False), flush=True)
+            print(
+                json.dumps({"prompt": prompt, **result.to_dict()}, ensure_ascii=False), flush=True
+            )
         else:
             print(f"{'' if index == 0 else chr(10)}> {prompt}\n{result.text}", flush=True)
             common.print_statistics(result)

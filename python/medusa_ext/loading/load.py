@@ -75,7 +75,7 @@ def build(checkpoint: Checkpoint, dtype: str, backend: _core.Backend) -> _core.M
     builder = _core.ModelBuilder(to_json(checkpoint.config), dtype, backend)
     for entry in checkpoint.entries:
         array, stored = entry.read(dtype)
-        builder.add(entry.name, array, stored)
+        builder.add(entry.name, array, "bf16" if stored == "bf16" else None)
         del array
         entry.file.release(entry.key)
     return builder.finish()

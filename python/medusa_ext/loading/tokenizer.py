@@ -17,9 +17,15 @@ def from_directory(folder: Path) -> Any:  # noqa: ANN401 - a transformers tokeni
     """
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer
-
     try:
+        if (folder / "tokenizer.json").exists():
+            # All there is to know stands in this file. AutoTokenizer would import torch where it is
+            # installed, 250 MB and seconds, only to come to the same class.
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )

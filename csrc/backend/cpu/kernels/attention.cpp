@@ -3,13 +3,15 @@
 //   s[p] = scale * q . K[p];   w = exp(s - max s);   out = sum_p w[p] V[p] / sum_p w[p]
 //   over the logical positions p in [first, position] of the query
 //
-// Shapes    K block of a (page, head) [D/2][64][2] bf16 or [D][64] f16 | f32, so that a lane is a key; V block [64][D]
-// Traffic   K and V of the visible pages once for every tile of 8; 4 D flops for each (query, key)
-// Bits      Everything depends on (query position, key position) alone. A score is one lane of dot_block. Scores
-//           are laid out by logical position: slots below prefix_len are their own, ancestors move down to
-//           prefix_len + rank. Sums of weights take lane p mod 16 from a multiple of 16 on; the weighted sum of V
-//           takes p rising one by one. The tile shares loads, never sums.
-// Masked    K of slots that a query does not see may be NaN: its score is computed in a lane of its own and then
+// Shapes    K block of a (page, head) [D/2][64][2] bf16 or [D][64] f16 | f32, so that a lane is a
+// key; V block [64][D] Traffic   K and V of the visible pages once for every tile of 8; 4 D flops
+// for each (query, key) Bits      Everything depends on (query position, key position) alone. A
+// score is one lane of dot_block. Scores
+//           are laid out by logical position: slots below prefix_len are their own, ancestors move
+//           down to prefix_len + rank. Sums of weights take lane p mod 16 from a multiple of 16 on;
+//           the weighted sum of V takes p rising one by one. The tile shares loads, never sums.
+// Masked    K of slots that a query does not see may be NaN: its score is computed in a lane of its
+// own and then
 //           overwritten or never read. V of such a slot is never multiplied.
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/cpu/kernels/dot_block.h"
@@ -52,8 +54,8 @@ void score_page(const T* keys, const typename Operand<T>::X* q, int D, float* ou
   }
 }
 
-// sum[m][0..16 C) += weights[m * stride + i] * values[i * D + 0..16 C) for i in [0, count). The last vector may be partial:
-// it holds `tail` lanes, 16 if it is whole.
+// sum[m][0..16 C) += weights[m * stride + i] * values[i * D + 0..16 C) for i in [0, count). The
+// last vector may be partial: it holds `tail` lanes, 16 if it is whole.
 template <class T, int M, int C, bool kWhole>
 void add_values(const T* values, int D, int count, const float* weights, int64_t stride, float* sum,
                 int64_t sum_stride, int64_t tail) {
@@ -65,7 +67,8 @@ void add_values(const T* values, int D, int count, const float* weights, int64_t
     V value[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      value[c] = kWhole || c + 1 < C ? load(values + c * kLanes) : load_some(values + c * kLanes, tail);
+      value[c] =
+          kWhole || c + 1 < C ? load(values + c * kLanes) : load_some(values + c * kLanes, tail);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -90,12 +93,14 @@ void add_slots(const T* values, int D, int count, const float* weights, int64_t 
       float* s = sum + query * sum_stride;
       int d = 0;
       for (; d + kValueVectors * kLanes <= D; d += kValueVectors * kLanes) {
-        add_values<T, M, kValueVectors, true>(values + d, D, count, w, stride, s + d, sum_stride, kLanes);
+        add_values<T, M, kValueVectors, true>(values + d, D, count, w, stride, s + d, sum_stride,
+                                              kLanes);
       }
       for (; d + kLanes <= D; d += kLanes) {
         add_values<T, M, 1, true>(values + d, D, count, w, stride, s + d, sum_stride, kLanes);
       }
-      if (d < D) add_values<T, M, 1, false>(values + d, D, count, w, stride, s + d, sum_stride, D - d);
+      if (d < D)
+        add_values<T, M, 1, false>(values + d, D, count, w, stride, s + d, sum_stride, D - d);
     });
   }
 }
@@ -106,8 +111,10 @@ void add_prefix(const AttentionTile& tile, int first, int last, const float* wei
                 int64_t sum_stride, int num_queries) {
   while (first < last) {
     const int page = first / kPage, end = (page + 1) * kPage < last ? (page + 1) * kPage : last;
-    const T* values = static_cast<const T*>(tile.v_pages[page]) + int64_t{first % kPage} * tile.head_dim;
-    add_slots(values, tile.head_dim, end - first, weights + first, tile.score_stride, sum, sum_stride, num_queries);
+    const T* values =
+        static_cast<const T*>(tile.v_pages[page]) + int64_t{first % kPage} * tile.head_dim;
+    add_slots(values, tile.head_dim, end - first, weights + first, tile.score_stride, sum,
+              sum_stride, num_queries);
     first = end;
   }
 }
@@ -120,7 +127,8 @@ float softmax(float* scores, int first, int last, float scale) {
   V greatest = splat(-__builtin_inff());
   for (int64_t p = begin; p < end; p += kLanes) {
     V score = mul(load(scores + p), factor);
-    if (p < first || p + kLanes - 1 > last) {  // lanes outside hold whatever the cache held: cut them off
+    if (p < first ||
+        p + kLanes - 1 > last) {  // lanes outside hold whatever the cache held: cut them off
       float lanes[kLanes];
       store(lanes, score);
       for (int i = 0; i < kLanes; ++i) {
@@ -146,7 +154,8 @@ template <class F>
 MEDUSA_INLINE void for_each_ancestor(const uint64_t* words, F f) {
   int rank = 0;
   for (int word = 0; word < kMaxAncestorWords; ++word) {
-    for (uint64_t bits = words[word]; bits != 0; bits &= bits - 1) f(rank++, word * 64 + __builtin_ctzll(bits));
+    for (uint64_t bits = words[word]; bits != 0; bits &= bits - 1)
+      f(rank++, word * 64 + __builtin_ctzll(bits));
   }
 }
 
@@ -156,16 +165,19 @@ void attention_of(const AttentionTile& tile) {
   const int D = tile.head_dim, n = tile.num_queries;
   const int64_t sum_stride = (D + kLanes - 1) / kLanes * kLanes;
   X* q = static_cast<X*>(tile.queries);
-  for (int i = 0; i < n; ++i) __builtin_memcpy(q + int64_t{i} * D, tile.q[i], static_cast<size_t>(D) * sizeof(X));
+  for (int i = 0; i < n; ++i)
+    __builtin_memcpy(q + int64_t{i} * D, tile.q[i], static_cast<size_t>(D) * sizeof(X));
 
-  // Scores by slot, then ancestors down to their logical positions: rank <= bit, so none is overwritten before it moves.
+  // Scores by slot, then ancestors down to their logical positions: rank <= bit, so none is
+  // overwritten before it moves.
   for (int page = 0; page < tile.num_pages; ++page) {
     if (tile.k_pages[page] == nullptr) continue;
     for (int i = 0; i < n; i += kScoreQueries) {
       const int m = n - i < kScoreQueries ? n - i : kScoreQueries;
       float* scores = tile.scores + i * tile.score_stride + int64_t{page} * kPage;
       with_constant<kScoreQueries>(m, [&]<int M>() {
-        score_page<T, M>(static_cast<const T*>(tile.k_pages[page]), q + int64_t{i} * D, D, scores, tile.score_stride);
+        score_page<T, M>(static_cast<const T*>(tile.k_pages[page]), q + int64_t{i} * D, D, scores,
+                         tile.score_stride);
       });
     }
   }
@@ -177,7 +189,8 @@ void attention_of(const AttentionTile& tile) {
     total[i] = softmax(scores, tile.first[i], tile.position[i], tile.scale);
   }
 
-  // The weighted sum: positions that all queries see in the prefix together, what lies before and behind one by one.
+  // The weighted sum: positions that all queries see in the prefix together, what lies before and
+  // behind one by one.
   for (int64_t i = 0; i < n * sum_stride; ++i) tile.values[i] = 0.0f;
   int common_first = 0, common_last = tile.prefix_len[0];
   for (int i = 0; i < n; ++i) {
@@ -187,10 +200,11 @@ void attention_of(const AttentionTile& tile) {
   const bool shared = common_first < common_last;
   for (int i = 0; i < n; ++i) {
     const int last = shared ? common_first : tile.prefix_len[i];
-    add_prefix<T>(tile, tile.first[i], last, tile.scores + i * tile.score_stride, tile.values + i * sum_stride,
-                  sum_stride, 1);
+    add_prefix<T>(tile, tile.first[i], last, tile.scores + i * tile.score_stride,
+                  tile.values + i * sum_stride, sum_stride, 1);
   }
-  if (shared) add_prefix<T>(tile, common_first, common_last, tile.scores, tile.values, sum_stride, n);
+  if (shared)
+    add_prefix<T>(tile, common_first, common_last, tile.scores, tile.values, sum_stride, n);
   for (int i = 0; i < n; ++i) {
     const float* weights = tile.scores + i * tile.score_stride;
     float* sum = tile.values + i * sum_stride;
@@ -198,7 +212,8 @@ void attention_of(const AttentionTile& tile) {
     for_each_ancestor(tile.ancestors[i], [&](int rank, int bit) {
       const int position = tile.prefix_len[i] + rank, slot = tile.prefix_len[i] + bit;
       if (position < tile.first[i]) return;
-      const T* values = static_cast<const T*>(tile.v_pages[slot / kPage]) + int64_t{slot % kPage} * D;
+      const T* values =
+          static_cast<const T*>(tile.v_pages[slot / kPage]) + int64_t{slot % kPage} * D;
       add_slots(values, D, 1, weights + position, tile.score_stride, sum, sum_stride, 1);
     });
 

@@ -1,9 +1,12 @@
-// The inner loop of every product: M rows of x against C vectors of 16 outputs, each output in a lane of its own.
+// The inner loop of every product: M rows of x against C vectors of 16 outputs, each output in a
+// lane of its own.
 //
-//   sum[m][c] lane j  +=  sum over k of  w[k][16 c + j] * x[m][k],   k rising one by one (bf16: pair by pair)
+//   sum[m][c] lane j  +=  sum over k of  w[k][16 c + j] * x[m][k],   k rising one by one (bf16:
+//   pair by pair)
 //
-// The order of the sum of one (row, output) is that of its lane, so it cannot depend on M, on C or on what the other
-// rows and lanes hold. bf16 takes two k at once: one vdpbf16ps, elsewhere the even product and then the odd one.
+// The order of the sum of one (row, output) is that of its lane, so it cannot depend on M, on C or
+// on what the other rows and lanes hold. bf16 takes two k at once: one vdpbf16ps, elsewhere the
+// even product and then the odd one.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -29,10 +32,12 @@ struct Operand<Bf16> {
   MEDUSA_INLINE V multiply_add(V sum, Pairs w, Pairs x) { return dot(sum, w, x); }
 };
 
-// w_step, x_stride in elements. kPrefetch: each step asks for C cache lines at `next`, which moves by next_step bytes.
+// w_step, x_stride in elements. kPrefetch: each step asks for C cache lines at `next`, which moves
+// by next_step bytes.
 template <class W, int M, int C, bool kPrefetch>
-MEDUSA_INLINE void dot_block(const W* w, int64_t w_step, const typename Operand<W>::X* x, int64_t x_stride,
-                             int64_t num_k, V (&sum)[M][C], const char* next = nullptr, int64_t next_step = 0) {
+MEDUSA_INLINE void dot_block(const W* w, int64_t w_step, const typename Operand<W>::X* x,
+                             int64_t x_stride, int64_t num_k, V (&sum)[M][C],
+                             const char* next = nullptr, int64_t next_step = 0) {
   using Op = Operand<W>;
   using Wide = decltype(Op::load_w(w));
   constexpr int kVector = kLanes * Op::kStep;
@@ -44,7 +49,7 @@ MEDUSA_INLINE void dot_block(const W* w, int64_t w_step, const typename Operand<
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       wide[c] = Op::load_w(w + c * kVector);
-      if constexpr (kPrefetch) __builtin_prefetch(next + c * 64, 0, MEDUSA_HINT);
+      if constexpr (kPrefetch) __builtin_prefetch(next + c * 64);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {

@@ -1,7 +1,7 @@
-// What the vectorised code offers, one table per instruction set. The files of this folder are compiled once for each, in
-// namespace medusa::cpu::MEDUSA_ISA, and reached through these pointers only. They use no templates or inline
-// functions from outside their namespace: the linker keeps one copy of such code for the whole program, and it could be
-// the one that needs AVX-512.
+// What the vectorised code offers, one table per instruction set. The files of this folder are
+// compiled once for each, in namespace medusa::cpu::MEDUSA_ISA, and reached through these pointers
+// only. They use no templates or inline functions from outside their namespace: the linker keeps
+// one copy of such code for the whole program, and it could be the one that needs AVX-512.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -11,18 +11,18 @@
 
 namespace medusa::cpu {
 
-constexpr int kColumns = 32;      // outputs of one block of a packed weight
-constexpr int kTileQueries = 8;   // (row, head) pairs of one attention tile
-constexpr int kPage = 64;         // tokens of a page of the cache
+constexpr int kColumns = 32;     // outputs of one block of a packed weight
+constexpr int kTileQueries = 8;  // (row, head) pairs of one attention tile
+constexpr int kPage = 64;        // tokens of a page of the cache
 constexpr int kMaxAncestorWords = 4;
 
 // Blocks [first_block, last_block) of 32 outputs for rows [0, num_rows); see linear.cpp.
 struct LinearTask {
-  DType dtype;          // of the weight
-  const void* weight;   // packed, all N outputs
-  const void* x;        // [num_rows, K] bf16 for bf16 weights, else f32
-  const float* bias;    // [N] or null
-  float* out;           // [num_rows, N]
+  DType dtype;         // of the weight
+  const void* weight;  // packed, all N outputs
+  const void* x;       // [num_rows, K] bf16 for bf16 weights, else f32
+  const float* bias;   // [N] or null
+  float* out;          // [num_rows, N]
   bool accumulate;
   int64_t num_rows, num_inputs, num_outputs;
   int64_t first_block, last_block;
@@ -30,23 +30,23 @@ struct LinearTask {
 
 // Up to kTileQueries queries of one sequence and one kv head; see attention.cpp.
 struct AttentionTile {
-  DType dtype;                        // of the cache
+  DType dtype;  // of the cache
   int num_queries, head_dim;
   float scale;
-  const void* q[kTileQueries];        // [D] bf16 for a bf16 cache, else f32
-  void* out[kTileQueries];            // [D]
+  const void* q[kTileQueries];  // [D] bf16 for a bf16 cache, else f32
+  void* out[kTileQueries];      // [D]
   bool out_bf16;
-  int first[kTileQueries];            // first visible logical position
+  int first[kTileQueries];  // first visible logical position
   int prefix_len[kTileQueries];
-  int position[kTileQueries];         // the query's own, and last visible, logical position
+  int position[kTileQueries];               // the query's own, and last visible, logical position
   const uint64_t* ancestors[kTileQueries];  // [kMaxAncestorWords]
-  const void* const* k_pages;         // [num_pages] block of this head; null where no query sees a slot
+  const void* const* k_pages;  // [num_pages] block of this head; null where no query sees a slot
   const void* const* v_pages;
   int num_pages;
-  float* scores;                      // scratch [num_queries][score_stride]
-  int64_t score_stride;               // >= num_pages * 64
-  float* values;                      // scratch [num_queries][D rounded up to 16]
-  void* queries;                      // scratch [num_queries][D] of q's type
+  float* scores;         // scratch [num_queries][score_stride]
+  int64_t score_stride;  // >= num_pages * 64
+  float* values;         // scratch [num_queries][D rounded up to 16]
+  void* queries;         // scratch [num_queries][D] of q's type
 };
 
 struct Kernels {
@@ -54,7 +54,8 @@ struct Kernels {
   void (*linear)(const LinearTask& task);
   void (*attention)(const AttentionTile& tile);
   // One row each. out is bf16 if out_bf16, else f32.
-  void (*rms_norm)(const float* x, const float* gain, float eps, int64_t d, void* out, bool out_bf16);
+  void (*rms_norm)(const float* x, const float* gain, float eps, int64_t d, void* out,
+                   bool out_bf16);
   void (*silu_gate)(const float* gate, const float* up, int64_t n, void* out, bool out_bf16);
   void (*gelu_gate)(const float* gate, const float* up, int64_t n, void* out, bool out_bf16);
   void (*gelu_tanh_gate)(const float* gate, const float* up, int64_t n, void* out, bool out_bf16);

@@ -1,12 +1,15 @@
 // linear: out [R, N] = (accumulate ? out : 0) + (x [R, K] W^T + bias), f32 sums.
 //
-// Shapes    W packed [N/32][K/2][32][2] bf16, or [N/32][K][32] f16 | f32; N padded with zeros to a multiple of 32
+// Shapes    W packed [N/32][K/2][32][2] bf16, or [N/32][K][32] f16 | f32; N padded with zeros to a
+// multiple of 32
 //           x [R, K] bf16 for bf16 weights, else f32
 // Traffic   N K bytes(W) once for every 128 rows; R (K + N) of activations. 2 R N K flops.
 //           SmolLM2-135M, bf16, 1 row: 269 MB a pass
-// Bits      a (row, output) is one lane that runs over K in one order (dot_block.h); rows are taken M at a time
+// Bits      a (row, output) is one lane that runs over K in one order (dot_block.h); rows are taken
+// M at a time
 //           and M changes nothing but speed.
-// Order     for a block of 32 outputs, all rows: the block stays in cache, so that memory sees W once.
+// Order     for a block of 32 outputs, all rows: the block stays in cache, so that memory sees W
+// once.
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/cpu/kernels/dot_block.h"
 #include "backend/cpu/kernels/kernels.h"
@@ -22,10 +25,11 @@ constexpr int kMaxRows = 4, kWideRows = 1;  // 8 sums of 16 registers
 #else
 constexpr int kMaxRows = 2, kWideRows = 1;  // 8 sums; aarch64 has 32 registers, x86-64 16
 #endif
+constexpr int64_t kNearBytes = 4096;
 
 template <class W, int M>
-void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_t first_output, const char* next,
-                   int64_t next_bytes) {
+void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_t first_output,
+                   const char* next, int64_t next_bytes) {
   using Op = Operand<W>;
   constexpr int C = M <= kWideRows ? 2 : 1;
   constexpr int kVector = kLanes * Op::kStep;
@@ -34,7 +38,8 @@ void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_
   for (int part = 0; part < kColumns; part += C * kLanes, w += C * kVector) {
     V sum[M][C];
     const int64_t next_step = next_bytes / kParts * Op::kStep / task.num_inputs;
-    dot_block<W, M, C, true>(w, kColumns * Op::kStep, x, task.num_inputs, task.num_inputs, sum, next, next_step);
+    dot_block<W, M, C, true>(w, kColumns * Op::kStep, x, task.num_inputs, task.num_inputs, sum,
+                             next, next_step);
     next += next_bytes / kParts;
     for (int c = 0; c < C; ++c) {
       const int64_t output = first_output + part + c * kLanes;
@@ -55,26 +60,42 @@ template <class W>
 void linear_of(const LinearTask& task) {
   using RowsOfBlock = void (*)(const LinearTask&, const W*, int64_t, int64_t, const char*, int64_t);
   static constexpr RowsOfBlock kByRows[] = {
-      nullptr, rows_of_block<W, 1>, rows_of_block<W, 2>,
+      nullptr,
+      rows_of_block<W, 1>,
+      rows_of_block<W, 2>,
 #if defined(MEDUSA_SIMD_AVX2)
-      rows_of_block<W, 3>, rows_of_block<W, 4>,
+      rows_of_block<W, 3>,
+      rows_of_block<W, 4>,
 #endif
 #if defined(MEDUSA_SIMD_AVX512)
-      rows_of_block<W, 5>, rows_of_block<W, 6>, rows_of_block<W, 7>, rows_of_block<W, 8>,
-      rows_of_block<W, 9>, rows_of_block<W, 10>, rows_of_block<W, 11>, rows_of_block<W, 12>,
+      rows_of_block<W, 5>,
+      rows_of_block<W, 6>,
+      rows_of_block<W, 7>,
+      rows_of_block<W, 8>,
+      rows_of_block<W, 9>,
+      rows_of_block<W, 10>,
+      rows_of_block<W, 11>,
+      rows_of_block<W, 12>,
 #endif
   };
   const int64_t num_tiles = (task.num_rows + kMaxRows - 1) / kMaxRows;
   const int64_t block_elements = kColumns * task.num_inputs;
   const int64_t block_bytes = block_elements * static_cast<int64_t>(sizeof(W));
   const W* weight = static_cast<const W*>(task.weight);
+  // Where a block is passed over once, fetch a little ahead; where several times, each pass fetches
+  // its share of the next block, so that memory and arithmetic overlap evenly. (Fetching past the
+  // end is harmless.)
+  const bool one_pass = task.num_rows <= kWideRows;
   for (int64_t block = task.first_block; block < task.last_block; ++block) {
     const W* w = weight + block * block_elements;
-    // The tiles of a block fetch the next one between them, so that memory and arithmetic overlap evenly.
-    const char* next = reinterpret_cast<const char*>(block + 1 < task.last_block ? w + block_elements : w);
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {  // of nearly equal height: 13 rows are 7 and 6
-      const int64_t first = task.num_rows * tile / num_tiles, last = task.num_rows * (tile + 1) / num_tiles;
-      kByRows[last - first](task, w, first, block * kColumns, next + block_bytes * tile / num_tiles, block_bytes / num_tiles);
+    const char* next = reinterpret_cast<const char*>(w);
+    next += one_pass ? kNearBytes : block + 1 < task.last_block ? block_bytes : 0;
+    for (int64_t tile = 0; tile < num_tiles;
+         ++tile) {  // of nearly equal height: 13 rows are 7 and 6
+      const int64_t first = task.num_rows * tile / num_tiles,
+                    last = task.num_rows * (tile + 1) / num_tiles;
+      kByRows[last - first](task, w, first, block * kColumns, next + block_bytes * tile / num_tiles,
+                            block_bytes / num_tiles);
     }
   }
 }

@@ -1,7 +1,8 @@
 // Loops over one row: RMSNorm, gated activations, the block of a Medusa head, rotation, conversion.
 //
 // Traffic   each element is read and written once; at most about 20 flops each (exp)
-// Bits      every loop starts at the row's first element, so vectors and tail fall alike in every row.
+// Bits      every loop starts at the row's first element, so vectors and tail fall alike in every
+// row.
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/cpu/kernels/kernels.h"
 #include "backend/cpu/kernels/simd.h"
@@ -25,7 +26,8 @@ MEDUSA_INLINE V gelu_tanh(V x) {
   return div(x, add(splat(1.0f), exp(mul(cubic, splat(-1.59576912f)))));
 }
 
-MEDUSA_INLINE V gelu(V x) {  // 0.5 x (1 + erf(x / sqrt 2)); erfc keeps the small values of the left tail
+MEDUSA_INLINE V
+gelu(V x) {  // 0.5 x (1 + erf(x / sqrt 2)); erfc keeps the small values of the left tail
   float lanes[kLanes];
   store(lanes, x);
   for (float& lane : lanes) lane = 0.5f * lane * __builtin_erfcf(lane * -0.707106781f);
@@ -43,7 +45,8 @@ void gate(const float* gate, const float* up, int64_t n, void* out, bool out_bf1
 template <class From, class To>
 void convert_row(const void* src, void* dst, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) {
-    store_some(static_cast<To*>(dst) + i, load_some(static_cast<const From*>(src) + i, n - i), n - i);
+    store_some(static_cast<To*>(dst) + i, load_some(static_cast<const From*>(src) + i, n - i),
+               n - i);
   }
 }
 

@@ -1,0 +1,104 @@
+// V for AVX2: two registers; Pairs are widened to even and odd halves. Included by simd.h alone.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+namespace medusa::cpu::MEDUSA_ISA {
+
+struct V {
+  __m256 a, b;
+};
+struct Pairs {
+  V even, odd;
+};
+
+MEDUSA_INLINE V splat(float x) {
+  const __m256 v = _mm256_set1_ps(x);
+  return {v, v};
+}
+#define MEDUSA_LANEWISE(name, intrinsic) \
+  MEDUSA_INLINE V name(V x, V y) { return {intrinsic(x.a, y.a), intrinsic(x.b, y.b)}; }
+MEDUSA_LANEWISE(add, _mm256_add_ps)
+MEDUSA_LANEWISE(sub, _mm256_sub_ps)
+MEDUSA_LANEWISE(mul, _mm256_mul_ps)
+MEDUSA_LANEWISE(div, _mm256_div_ps)
+MEDUSA_LANEWISE(max, _mm256_max_ps)  // the second where either is NaN
+MEDUSA_LANEWISE(min, _mm256_min_ps)
+#undef MEDUSA_LANEWISE
+MEDUSA_INLINE V fma(V x, V y, V z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+MEDUSA_INLINE V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+MEDUSA_INLINE void store(float* p, V x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+MEDUSA_INLINE __m128i load_128(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+MEDUSA_INLINE void store_128(void* p, __m128i x) { _mm_storeu_si128(static_cast<__m128i*>(p), x); }
+MEDUSA_INLINE V load(const F16* p) {
+  return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))};
+}
+MEDUSA_INLINE void store(F16* p, V x) {
+  store_128(p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+  store_128(p + 8, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+MEDUSA_INLINE __m256 widen(const Bf16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p)), 16));
+}
+MEDUSA_INLINE V load(const Bf16* p) { return {widen(p), widen(p + 8)}; }
+MEDUSA_INLINE __m128i narrow(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  const __m256i chosen =
+      _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded),
+                                                             _mm256_castsi256_ps(quiet), nan)),
+                        16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1));
+}
+MEDUSA_INLINE void store(Bf16* p, V x) {
+  store_128(p, narrow(x.a));
+  store_128(p + 8, narrow(x.b));
+}
+MEDUSA_INLINE __m256 pow2_of_shifted(__m256 t) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23),
+                                              _mm256_set1_epi32(0x3f800000)));
+}
+// 2^n where t = 1.5 * 2^23 + n, -126 <= n <= 127.
+MEDUSA_INLINE V pow2_of_shifted(V t) { return {pow2_of_shifted(t.a), pow2_of_shifted(t.b)}; }
+// x, but 0 where a < b.
+MEDUSA_INLINE V zero_if_less(V a, V b, V x) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.a, b.a, _CMP_NLT_UQ), x.a),
+          _mm256_and_ps(_mm256_cmp_ps(a.b, b.b, _CMP_NLT_UQ), x.b)};
+}
+MEDUSA_INLINE uint32_t greater_mask(V x, V y) {
+  const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ));
+  const int high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ));
+  return static_cast<uint32_t>(low | high << 8);
+}
+
+MEDUSA_INLINE __m256 even_of(__m256i pairs) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+}
+MEDUSA_INLINE __m256 odd_of(__m256i pairs) {
+  return _mm256_castsi256_ps(
+      _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+MEDUSA_INLINE Pairs load_pairs(const Bf16* p) {
+  const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
+  return {{even_of(a), even_of(b)}, {odd_of(a), odd_of(b)}};
+}
+MEDUSA_INLINE Pairs splat_pair(const Bf16* p) {
+  int bits;
+  __builtin_memcpy(&bits, p, 4);
+  const __m256i pair = _mm256_set1_epi32(bits);
+  const __m256 even = even_of(pair), odd = odd_of(pair);
+  return {{even, even}, {odd, odd}};
+}
+MEDUSA_INLINE V dot(V sum, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, sum)); }
+
+}  // namespace medusa::cpu::MEDUSA_ISA

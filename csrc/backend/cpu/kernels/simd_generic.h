@@ -1,0 +1,135 @@
+// V for every other 64-bit platform: four vectors of 128 bits in the vector extension of GCC and
+// Clang. Included by simd.h alone.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+namespace medusa::cpu::MEDUSA_ISA {
+
+typedef float F4 __attribute__((vector_size(16)));
+typedef uint32_t U4 __attribute__((vector_size(16)));
+
+struct V {
+  F4 a, b, c, d;
+};
+struct Pairs {
+  V even, odd;
+};
+
+MEDUSA_INLINE F4 splat_4(float x) { return F4{x, x, x, x}; }
+MEDUSA_INLINE V splat(float x) { return {splat_4(x), splat_4(x), splat_4(x), splat_4(x)}; }
+#define MEDUSA_LANEWISE(name, expression)                                    \
+  MEDUSA_INLINE F4 name(F4 x, F4 y) { return expression; }                   \
+  MEDUSA_INLINE V name(V x, V y) {                                           \
+    return {name(x.a, y.a), name(x.b, y.b), name(x.c, y.c), name(x.d, y.d)}; \
+  }
+MEDUSA_LANEWISE(add, x + y)
+MEDUSA_LANEWISE(sub, x - y)
+MEDUSA_LANEWISE(mul, (x * y))
+MEDUSA_LANEWISE(div, x / y)
+MEDUSA_LANEWISE(max, x > y ? x : y)  // the second where either is NaN
+MEDUSA_LANEWISE(min, x < y ? x : y)
+#undef MEDUSA_LANEWISE
+MEDUSA_INLINE V fma(V x, V y, V z) {
+  return add(mul(x, y), z);
+}  // two roundings: a fused one may be a library call
+MEDUSA_INLINE V load(const float* p) {
+  V x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+MEDUSA_INLINE void store(float* p, V x) { __builtin_memcpy(p, &x, sizeof(x)); }
+
+MEDUSA_INLINE float widen(F16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00) {  // infinity or NaN, made quiet as the hardware does
+    return float_of(sign | 0x7f800000u | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 0x400000u : 0));
+  }
+  if (rest < 0x400) {  // rest * 2^-24 is exact
+    const float value = static_cast<float>(rest) * 0x1p-24f;
+    return sign != 0 ? -value : value;
+  }
+  return float_of(sign | ((rest << 13) + (112u << 23)));
+}
+MEDUSA_INLINE F16 narrow_f16(float x) {
+  const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+  uint32_t half;
+  if (rest > 0x7f800000u) {
+    half = 0x7e00u | (rest >> 13 & 0x3ff);
+  } else if (rest >= 0x477ff000u) {  // 65520 and more round to infinity
+    half = 0x7c00u;
+  } else if (rest <
+             0x38800000u) {  // below 2^-14: adding 0.5 leaves the value in units of 2^-24, rounded
+    half = bits_of(float_of(rest) + 0.5f) - bits_of(0.5f);
+  } else {
+    half = (rest - (112u << 23) + 0xfffu + (rest >> 13 & 1u)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+MEDUSA_INLINE Bf16 narrow_bf16(float x) {
+  const uint32_t bits = bits_of(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return {
+      static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+MEDUSA_INLINE V load(const F16* p) {
+  float x[kLanes];
+  for (int i = 0; i < kLanes; ++i) x[i] = widen(p[i]);
+  return load(x);
+}
+MEDUSA_INLINE void store(F16* p, V v) {
+  float x[kLanes];
+  store(x, v);
+  for (int i = 0; i < kLanes; ++i) p[i] = narrow_f16(x[i]);
+}
+MEDUSA_INLINE V load(const Bf16* p) {
+  float x[kLanes];
+  for (int i = 0; i < kLanes; ++i) x[i] = float_of(static_cast<uint32_t>(p[i].bits) << 16);
+  return load(x);
+}
+MEDUSA_INLINE void store(Bf16* p, V v) {
+  float x[kLanes];
+  store(x, v);
+  for (int i = 0; i < kLanes; ++i) p[i] = narrow_bf16(x[i]);
+}
+MEDUSA_INLINE F4 pow2_of_shifted(F4 t) { return (F4)(((U4)t << 23) + 0x3f800000u); }
+// 2^n where t = 1.5 * 2^23 + n, -126 <= n <= 127.
+MEDUSA_INLINE V pow2_of_shifted(V t) {
+  return {pow2_of_shifted(t.a), pow2_of_shifted(t.b), pow2_of_shifted(t.c), pow2_of_shifted(t.d)};
+}
+MEDUSA_INLINE F4 zero_if_less(F4 a, F4 b, F4 x) { return (F4)((U4)x & ~(U4)(a < b)); }
+// x, but 0 where a < b.
+MEDUSA_INLINE V zero_if_less(V a, V b, V x) {
+  return {zero_if_less(a.a, b.a, x.a), zero_if_less(a.b, b.b, x.b), zero_if_less(a.c, b.c, x.c),
+          zero_if_less(a.d, b.d, x.d)};
+}
+MEDUSA_INLINE uint32_t greater_mask(V x, V y) {
+  float a[kLanes], b[kLanes];
+  store(a, x);
+  store(b, y);
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(a[i] > b[i]) << i;
+  return mask;
+}
+
+MEDUSA_INLINE Pairs load_pairs(const Bf16* p) {  // by value, so that either byte order works
+  U4 w[4], even[4], odd[4];
+  __builtin_memcpy(w, p, sizeof(w));
+  for (int i = 0; i < 4; ++i) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    even[i] = w[i] << 16;
+    odd[i] = w[i] & 0xffff0000u;
+#else
+    even[i] = w[i] & 0xffff0000u;
+    odd[i] = w[i] << 16;
+#endif
+  }
+  return {{(F4)even[0], (F4)even[1], (F4)even[2], (F4)even[3]},
+          {(F4)odd[0], (F4)odd[1], (F4)odd[2], (F4)odd[3]}};
+}
+MEDUSA_INLINE Pairs splat_pair(const Bf16* p) {
+  return {splat(float_of(static_cast<uint32_t>(p[0].bits) << 16)),
+          splat(float_of(static_cast<uint32_t>(p[1].bits) << 16))};
+}
+MEDUSA_INLINE V dot(V sum, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, sum)); }
+
+}  // namespace medusa::cpu::MEDUSA_ISA

@@ -1,0 +1,263 @@
+"""The command line: output, exit status, one line per error, interrupts, and no terminal."""
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_util import demo_engine, make_tiny
+from loading_util import make_heads
+from medusa_ext import Engine, _core, cli
+
+COMMAND = [sys.executable, "-m", "medusa_ext"]
+NEVER_ENDS = ["--max-new-tokens", "100000", "--temperature", "3"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Run a command line; exit status, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status = cli.run(arguments)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_generate_demo(run) -> None:
+    """The text alone on standard output, one line of statistics on standard error."""
+    expected = demo_engine().generate(
+        [{"role": "user", "content": "Why is the sky blue?"}], max_new_tokens=12
+    )
+    status, out, err = run("generate", "Why is the sky blue?", "--max-new-tokens", "12")
+    assert (status, out) == (0, expected.text + "\n")
+    assert err.count("\n") == 1
+    assert err.startswith("[12 tokens, ")
+    assert all(word in err for word in ("tokens/s", "tokens/step", "prefill"))
+
+
+def test_generate_raw_with_options(run, tiny: str) -> None:
+    options = {"max_new_tokens": 9, "temperature": 0.7, "top_p": 0.9, "seed": 4}
+    with Engine(tiny) as engine:
+        expected = engine.generate("ab ab", **options)
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    status, out, _ = run("generate", "ab ab", "--raw", "--model", tiny, *flags)
+    assert (status, out) == (0, expected.text + "\n")
+
+
+def test_generate_json_batch_of_samples(run, tiny: str) -> None:
+    status, out, err = run(
+        "generate", "one", "two", "-m", tiny, "-n", "5", "-t", "1", "--json", "--num-return-sequences", "2"
+    )
+    results = [json.loads(line) for line in out.splitlines()]
+    assert (status, err) == (0, "")
+    assert [result["prompt"] for result in results] == ["one", "one", "two", "two"]
+    assert all(1 <= len(result["token_ids"]) <= 5 for result in results)
+    keys = {"prompt", "text", "token_ids", "finish_reason", "prompt_tokens", "stats"}
+    assert all(set(result) == keys for result in results)
+
+
+def test_generate_reads_standard_input_and_files(
+    run, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("first line\n\nsecond line\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from input\n"))
+    status, out, err = run("generate", "-", "--file", str(path), "-m", tiny, "-n", "2")
+    assert status == 0
+    assert [line for line in out.splitlines() if line.startswith("> ")] == [
+        "> from input",
+        "> first line",
+        "> second line",
+    ]
+    assert err.count("tokens/step") == 3
+
+
+def test_stop_strings(run, tiny: str) -> None:
+    with Engine(tiny) as engine:
+        text = engine.generate("stop here", max_new_tokens=20, eos_token_id=[]).text
+    stop = text[5:7]
+    status, out, _ = run("generate", "stop here", "--raw", "-m", tiny, "-n", "20", "--stop", stop)
+    assert (status, out) == (0, text[: text.find(stop)] + "\n")
+
+
+def test_inspect(run, tiny: str, tmp_path: Path) -> None:
+    heads = make_heads(tmp_path / "heads", "B")
+    status, out, _ = run("inspect", tiny, "--heads", str(heads))
+    assert status == 0
+    for word in ("llama", "f32", "3 of 1 layers, format B", "memory for weights", "cache per 1,000 tokens"):
+        assert word in out, word
+    status, out, _ = run("inspect", tiny, "--json")
+    found = json.loads(out)
+    assert (status, found["family"], found["vocab_size"], found["heads"]) == (0, "llama", 320, None)
+    # K and V of 3 layers, 2 heads of 8, f32.
+    assert found["cache_bytes_per_1000_tokens"] == 1000 * 2 * 3 * 2 * 8 * 4
+
+
+def test_export_loads_again(run, tiny: str, tmp_path: Path) -> None:
+    out_path = tmp_path / "model.safetensors"
+    heads = make_heads(tmp_path / "heads", "C")
+    status, out, _ = run("export", tiny, str(heads), str(out_path))
+    assert status == 0
+    assert str(out_path) in out
+    with Engine(out_path) as exported, Engine(tiny, None) as original:
+        assert exported.info["drafter"] == "3 Medusa heads"
+        options = {"max_new_tokens": 12, "temperature": 0.9}
+        messages = [{"role": "user", "content": "same?"}]
+        expected = original.generate(messages, **options)
+        assert exported.generate(messages, **options).token_ids == expected.token_ids
+    assert run("export", tiny, str(out_path))[0] == 0
+    with Engine(out_path) as exported:
+        assert exported.info["drafter"] == "prompt lookup"
+
+
+def test_version(run) -> None:
+    status, out, err = run("version")
+    assert (status, err) == (0, "")
+    assert _core.__version__ in out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["chat", "-h"]])
+def test_help(run, arguments: list[str]) -> None:
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "")
+    assert "Usage: medusa-ext" in out
+
+
+BAD = [
+    ([], "Missing command"),
+    (["generat"], "No such command 'generat'"),
+    (["generate"], "no prompt"),
+    (["generate", ""], "the prompt is empty"),
+    (["generate", "x", "--temprature", "1"], "No such option"),
+    (["generate", "x", "--temperature", "-1"], "temperature must be a number of 0 or more, got -1"),
+    (["generate", "x", "--temperature", "warm"], "Invalid value for '--temperature'"),
+    (["generate", "x", "-n", "0"], "max_new_tokens must be an integer of 1 or more, got 0"),
+    (["generate", "x", "--acceptance", "typical", "--top-k", "4"], "top_k does not go with"),
+    (["generate", "x", "--raw", "--system", "s"], "--system is part of the chat template"),
+    (["generate", "x", "--model", "/no/such/path"], "no such path: /no/such/path"),
+    (["generate", "x", "--model", "nobody/no-such-model"], "the hub cannot serve it"),
+    (["generate", "x", "--device", "cuda"], "this build has no CUDA backend"),
+    (["generate", "x", "--dtype", "int3"], "dtype must be"),
+    (["generate", "x", "--tree", "oak"], "no tree is named 'oak'"),
+    (["generate", "--file", "/no/such/file"], "cannot read the prompts in /no/such/file"),
+    (["chat", "--min-p", "7"], "min_p must be"),
+    (["inspect"], "Missing argument"),
+    (["inspect", "/no/such/path"], "no such path"),
+    (["inspect", "/dev/null"], "unknown kind"),
+    (["export", "demo"], "Missing argument"),
+    (["export", "a", "b", "c", "d"], "export takes MODEL [HEADS] OUT"),
+    (["export", "demo", "/no/such/folder/out.safetensors"], "cannot export to"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[:50])
+def test_bad_input(run, arguments: list[str], message: str) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("medusa-ext: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_prompt_longer_than_the_context(run, tiny: str) -> None:
+    status, out, err = run("generate", "x" * 600, "--model", tiny)
+    assert (status, out) == (2, "")
+    assert "tokens, but the context has room for 511" in err
+    assert err.count("\n") == 1
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+
+
+def test_interrupt_exits_with_130(tiny: str) -> None:
+    """^C while text is coming: no traceback."""
+    with subprocess.Popen(
+        [*COMMAND, "generate", "x", "--model", tiny, *NEVER_ENDS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.strip() == b""
+
+
+def test_reader_that_leaves_is_no_traceback(tiny: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        finished = subprocess.run(
+            [*COMMAND, "generate", "x", "-n", "20", "--model", tiny],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            timeout=120,
+            check=False,
+        )
+    assert finished.returncode == 1
+    assert b"Traceback" not in finished.stderr
+
+
+def test_chat_without_a_terminal(run, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines in, answers out; the second turn takes the first from the cache."""
+    lines = "Say something.\n\n/unknown\nAnd more.\n/reset\nAgain.\n/exit\nnever read\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    status, out, err = run("chat", "--model", tiny, "-n", "6")
+    assert status == 0
+    with Engine(tiny, max_batch=1) as engine:
+        chat = engine.chat()
+        answers = [chat.send(line, max_new_tokens=6).text for line in ("Say something.", "And more.")]
+        chat.reset()
+        answers.append(chat.send("Again.", max_new_tokens=6).text)
+    assert out == "".join(f"{answer}\n" for answer in answers)
+    statistics = [line for line in err.splitlines() if "tokens/step" in line]
+    assert ["from the cache" in line for line in statistics] == [False, True, True]
+    assert "unknown command /unknown; there are /reset and /exit" in err
+
+
+def test_chat_goes_on_after_an_error(run, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 600 + "\nshort\n"))
+    status, out, err = run("chat", "--model", tiny, "-n", "3")
+    assert status == 0
+    assert out
+    assert "medusa-ext: error: the prompt has" in err
+
+
+def test_chat_in_a_terminal(tiny: str) -> None:
+    """^C stops the answer, ^D leaves."""
+    controller, terminal = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, "chat", "--model", tiny, *NEVER_ENDS],
+        stdin=terminal,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    ) as process:
+        os.close(terminal)
+        assert process.stdout is not None
+        assert process.stdout.read(2) == b"> "
+        os.write(controller, b"hello\n")
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        os.write(controller, b"\x04")
+        _, err = process.communicate(timeout=120)
+    os.close(controller)
+    assert process.returncode == 0
+    assert b"[stopped]" in err
+    assert b"Traceback" not in err
