@@ -1,5 +1,6 @@
 // bench_decode: what one decoding step costs on this machine, held against the bandwidth of its
-// memory. See benchmarks/README.md for what each number means. SPDX-License-Identifier: Apache-2.0
+// memory. See benchmarks/README.md for what each number means.
+// SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cstdio>
 #include <iostream>

@@ -1,6 +1,6 @@
-"""Check that includes point one way: python -> core -> medusa <- backend; print each that does not and exit 1.
+"""Check that includes point one way: python -> core -> medusa <- backend; exit 1 if not.
 
-Further: cuda_runtime.h only in backend/cuda, pybind11 and Python.h only in csrc/python, torch in no C++ file.
+Further: CUDA headers only in backend/cuda, pybind11 only in csrc/python, torch nowhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all tests share: backends, the demo model, the shared folder and the size of property runs."""
+"""What all tests share: backends, the demo model, the shared folder, the size of property runs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ _checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.functio
 settings.register_profile(
     "short", deadline=None, derandomize=True, max_examples=50, suppress_health_check=_checks
 )
-settings.register_profile(
-    "long", settings.get_profile("short"), max_examples=50 * LONG_FACTOR
-)
+settings.register_profile("long", settings.get_profile("short"), max_examples=50 * LONG_FACTOR)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def isas() -> list[str]:
-    """The instruction sets to test: all that build and machine have, or the one that MEDUSA_CPU_ISA forces."""
+    """The instruction sets to test: all there are, or the one that MEDUSA_CPU_ISA forces."""
     forced = os.environ.get("MEDUSA_CPU_ISA")
     return [forced] if forced else _core.available_isas()
 

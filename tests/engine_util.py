@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from loading_util import make_model
 from medusa_ext import Drafter, DraftInput, Engine
 

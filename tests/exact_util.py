@@ -1,4 +1,4 @@
-"""Tiny random models, a drafter that knows the answer, and the one-at-a-time decoding that all of them must equal."""
+"""Requests, a drafter that knows the answer, and the one-at-a-time decoding that all must equal."""
 
 import dataclasses
 import json
@@ -8,195 +8,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+
+from exact_models import CONTEXT, Rng, Shape, model_for
 from medusa_ext import _core
 from util import isa_of
 
-CONTEXT = 448  # of every tiny model: seven pages
 SPARE = 16  # tokens that the drafter knows beyond the end of a request
-Rng = np.random.Generator
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A tiny model and its heads.
-
-    Unless embeddings are tied, the model is a trap for the order of sums: the two halves of the residual stream are
-    equal, and token 2i + 1 has token 2i's row of lm_head with some columns of one half swapped against the other. The two
-    logits are the same sum in another order: they differ by rounding alone, and rounding picks the token, whose embedding
-    is unlike its twin's. One changed bit anywhere upstream soon changes the whole text.
-    """
-
-    name: str
-    dtype: str
-    vocab: int = 97
-    hidden: int = 64
-    inner: int = 80
-    q_heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 16
-    windows: tuple[int, int] = (0, 0)
-    config: tuple[tuple[str, Any], ...] = ()  # further keys of ModelConfig
-    rope: tuple[tuple[str, Any], ...] = ()  # further keys of RopeConfig
-    rotary: int = 0  # rotated dimensions; 0: all
-    heads: int = 0
-    head_layers: int = 0
-    head_vocab: int = 0  # rows of each head's own lm_head; 0: the model's is shared
-    logit_scale: float = 3.0  # standard deviation of the logits
-
-
-SHAPES = [
-    Shape("f32", "f32", heads=3, head_layers=1),
-    Shape(
-        "bf16-token-map", "bf16", 130, 96, 72, 6, 2, heads=4, head_layers=2, head_vocab=50,
-        config=(("qkv_bias", True),),
-    ),
-    Shape("f16-one-window", "f16", windows=(24, 0), heads=2, head_vocab=97),
-    Shape(
-        "f32-dynamic-rope", "f32", 80, 48, 56, 4, 1, 12, heads=2, head_layers=1,
-        rope=(("dynamic_factor", 2.0), ("base", 1000.0), ("original_context", 48)),
-    ),
-    Shape(
-        "bf16-windows-norms-biases", "bf16", 64, 64, 48, windows=(17, 70), heads=1, head_layers=1,
-        config=(("qk_norm", True), ("qkv_bias", True), ("o_bias", True), ("mlp_bias", True)),
-    ),
-    Shape(
-        "f16-tied", "f16", 101, 40, 44, 2, 2, 20, heads=3, head_vocab=101, logit_scale=1.0,
-        config=(("tied_embeddings", True), ("activation", "gelu_tanh"), ("embedding_scale", 2.0)),
-    ),
-    Shape("bf16-wide", "bf16", 512, 160, 200, 8, 2, 20),
-    Shape(
-        "f32-part-rotary", "f32", 64, 72, 60, 3, 3, 24, rotary=16, heads=4, head_layers=1,
-        config=(("activation", "gelu"), ("attention_scale", 0.3), ("o_bias", True)),
-        rope=(("attention_scaling", 1.1),),
-    ),
-]  # fmt: skip
-
-
-def config_json(shape: Shape) -> str:
-    """ModelConfig of a shape."""
-    rotary = shape.rotary or shape.head_dim
-    rope = {"attention_scaling": 1.0, "dynamic_factor": 0.0, "base": 1000.0, "original_context": 0}
-    rope |= dict(shape.rope)
-    inv_freq = [rope["base"] ** (-2 * i / rotary) for i in range(rotary // 2)]
-    config = {
-        "family": "tiny",
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.inner,
-        "num_layers": 2,
-        "num_heads": shape.q_heads,
-        "num_kv_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "max_context": CONTEXT,
-        "rms_norm_eps": 1e-5,
-        "activation": "silu",
-        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tied_embeddings"), False),
-        "embedding_scale": 1.0,
-        "attention_scale": 0.0,
-        "windows": list(shape.windows),
-        "rope": {"inv_freq": inv_freq, **rope},
-        "heads": {
-            "num_heads": shape.heads,
-            "num_layers": shape.head_layers,
-            "shared_lm_head": shape.head_vocab == 0,
-            "head_vocab": shape.head_vocab,
-        },
-    }
-    return json.dumps(config | dict(shape.config))
-
-
-def mirrored(x: np.ndarray, axis: int) -> np.ndarray:
-    """The second half of an axis made equal to the first."""
-    half = np.take(x, range(x.shape[axis] // 2), axis)
-    return np.ascontiguousarray(np.concatenate([half, half], axis))
-
-
-def with_twins(rng: Rng, weight: np.ndarray) -> np.ndarray:
-    """Odd rows become the row before, with some columns swapped against the same column of the other half."""
-    out, half = weight.copy(), weight.shape[1] // 2
-    for row in range(1, len(out), 2):
-        pick = np.flatnonzero(rng.random(half) < 0.5)
-        out[row] = out[row - 1]
-        out[row, pick], out[row, pick + half] = out[row - 1, pick + half], out[row - 1, pick]
-    return out
-
-
-def tiny_weights(shape: Shape) -> dict[str, np.ndarray]:
-    """Every tensor that ModelBuilder wants for a shape, f32."""
-    config = json.loads(config_json(shape))
-    rng = np.random.default_rng(list(shape.name.encode()))
-    d, q_rows, kv_rows = shape.hidden, shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim
-
-    def matrix(rows: int, columns: int, scale: float = 1.0) -> np.ndarray:
-        return (rng.standard_normal((rows, columns)) * scale / columns**0.5).astype(np.float32)
-
-    def gain(size: int) -> np.ndarray:
-        return (1 + 0.2 * rng.standard_normal(size)).astype(np.float32)
-
-    weights = {
-        "embed_tokens.weight": mirrored(matrix(shape.vocab, d, d**0.5), 1),
-        "norm.weight": mirrored(gain(d), 0),
-    }
-    if config["tied_embeddings"]:  # random signs, or every token would be its own likeliest successor
-        weights["norm.weight"] *= mirrored(rng.choice([-1, 1], d).astype(np.float32), 0)
-    else:
-        weights["lm_head.weight"] = with_twins(rng, matrix(shape.vocab, d, shape.logit_scale))
-    for layer in range(2):
-        block = {
-            "attn_norm": gain(d),
-            "mlp_norm": gain(d),
-            # Sharp attention: a wrong or missing key is seen.
-            "q_proj": matrix(q_rows, d, 1.5),
-            "k_proj": matrix(kv_rows, d, 1.5),
-            "v_proj": matrix(kv_rows, d, 1.5),
-            "o_proj": mirrored(matrix(d, q_rows, 2.0), 0),
-            "gate_proj": matrix(shape.inner, d),
-            "up_proj": matrix(shape.inner, d),
-            "down_proj": mirrored(matrix(d, shape.inner, 2.0), 0),
-        }
-        if config["qk_norm"]:
-            block |= {"q_norm": 1.5 * gain(shape.head_dim), "k_norm": gain(shape.head_dim)}
-        weights |= {f"layers.{layer}.{name}.weight": value for name, value in block.items()}
-        biased = {
-            "qkv_bias": ("q_proj", "k_proj", "v_proj"),
-            "o_bias": ("o_proj",),
-            "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
-        }
-        for key, names in biased.items():
-            for name in names if config[key] else ():
-                bias = 0.3 * rng.standard_normal(len(block[name])).astype(np.float32)
-                is_stream = name in ("o_proj", "down_proj")
-                weights[f"layers.{layer}.{name}.bias"] = mirrored(bias, 0) if is_stream else bias
-    for head in range(shape.heads):
-        for layer in range(shape.head_layers):
-            weights[f"heads.{head}.{layer}.weight"] = matrix(d, d)
-            weights[f"heads.{head}.{layer}.bias"] = 0.1 * rng.standard_normal(d).astype(np.float32)
-        if shape.head_vocab:
-            weights[f"heads.{head}.lm_head.weight"] = matrix(shape.head_vocab, d)
-    if 0 < shape.head_vocab < shape.vocab:
-        weights["heads.token_map"] = rng.permutation(shape.vocab)[: shape.head_vocab].astype(np.int32)
-    return weights
-
-
-def build_model(shape: Shape, backend: _core.Backend, *, zero: bool = False) -> _core.Model:
-    """zero: every output weight is 0, so that all logits tie everywhere."""
-    builder = _core.ModelBuilder(config_json(shape), shape.dtype, backend)
-    for name, value in tiny_weights(shape).items():
-        builder.add(name, np.zeros_like(value) if zero and "lm_head" in name else value)
-    return builder.finish()
-
-
-@cache
-def backend_for(isa: str, threads: int) -> _core.Backend:
-    """One backend for each pair."""
-    return _core.Backend("cpu", threads=threads, isa=isa)
-
-
-@cache
-def model_for(shape: Shape, isa: str, threads: int) -> _core.Model:
-    """One model for each triple."""
-    return build_model(shape, backend_for(isa, threads))
-
 
 # Requests.
 
@@ -236,7 +53,7 @@ class Outcome:
 
 
 def plain_tokens(model: _core.Model, job: Job, max_context: int) -> list[int]:
-    """One token a step, alone, whole prompt at once, no end-of-sequence, SPARE tokens longer than the job may become."""
+    """One token a step, alone, whole prompt at once, no end of sequence, SPARE tokens too many."""
     room = json.loads(model.config)["max_context"] - len(job.prompt)
     count = min(job.limit(max_context) + SPARE, room)
     session = _core.Session(model, None, max_batch=1, prefill_chunk=512)
@@ -269,7 +86,16 @@ def run(
     rng: Rng | None = None,
     cancel_rate: float = 0.0,
 ) -> list[Outcome]:
-    """Every job to its end; with rng, jobs arrive and are cancelled at random between steps. scripts: of each job."""
+    """Every job to its end.
+
+    Args:
+        session: an idle one.
+        jobs: requests, submitted in this order.
+        drafter: the session's, if it needs scripts.
+        scripts: what follows each job's prompt.
+        rng: if given, jobs arrive and are cancelled at random between steps; else all arrive first.
+        cancel_rate: probability of a cancellation, each step.
+    """
     outcomes = [Outcome() for _ in jobs]
     owner: dict[int, int] = {}
     submitted = 0
@@ -320,16 +146,18 @@ def check_empty(session: _core.Session) -> None:
 
 
 def check(job: Job, outcome: Outcome, known: list[int], max_context: int, what: str) -> None:
-    """The outcome is exactly what one-at-a-time decoding says; a cancelled one is the beginning of it."""
+    """The outcome is what one-at-a-time decoding says; a cancelled one is the beginning of it."""
     want, finish = cut(known, job, max_context)
     got = outcome.tokens
     if outcome.finish == "cancelled":
         want, finish = want[: len(got)], "cancelled"
     if got != want:
-        at = next((i for i, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), min(len(got), len(want)))
+        at = 0
+        while got[at : at + 1] == want[at : at + 1]:
+            at += 1
         raise AssertionError(
-            f"{what}: {len(got)} tokens, wanted {len(want)}; the first difference is at {at} after a prompt of "
-            f"{len(job.prompt)}: {got[at : at + 5]}, wanted {want[at : at + 5]}; {job}"
+            f"{what}: {len(got)} tokens, wanted {len(want)}; the first difference is at {at} after "
+            f"a prompt of {len(job.prompt)}: {got[at:][:5]}, wanted {want[at:][:5]}; {job}"
         )
     assert outcome.finish == finish, f"{what}: finish {outcome.finish}, wanted {finish}; {job}"
 
@@ -338,8 +166,11 @@ def check(job: Job, outcome: Outcome, known: list[int], max_context: int, what: 
 
 
 class ScriptedDrafter(_core.Drafter):
-    """Knows each request's continuation and hides it in random trees: right nodes stop at a random depth and stand anywhere
-    among wrong siblings, doubles, unusable tokens and paths deeper than allowed."""
+    """Knows each request's continuation and hides it in random trees.
+
+    Right nodes end at a random depth and stand anywhere among wrong siblings, doubles, tokens
+    outside the vocabulary and paths deeper than allowed.
+    """
 
     def __init__(self, seed: int, max_nodes: int, vocab: int) -> None:
         super().__init__()
@@ -362,7 +193,9 @@ class ScriptedDrafter(_core.Drafter):
         script, length = self.scripts[each.request], len(each.tokens)
         self._max_depth[each.request] = each.max_depth
         self._right_depth[each.request] = 0
-        num_nodes = int(rng.integers(1, each.max_nodes + 1)) if rng.random() < 0.8 else each.max_nodes
+        num_nodes = each.max_nodes
+        if rng.random() < 0.8:
+            num_nodes = int(rng.integers(1, each.max_nodes + 1))
         skill = rng.choice([0.0, 0.3, 0.6, 0.9])
         right_limit = int(rng.integers(0, 12))
         tokens: list[int] = []
@@ -371,7 +204,9 @@ class ScriptedDrafter(_core.Drafter):
         tip = 0  # deepest right node
         while len(tokens) < num_nodes - 1:
             pick = rng.random()
-            parent = tip if pick < skill else len(tokens) if pick < skill + 0.05 else int(rng.integers(len(depth)))
+            parent = int(rng.integers(len(depth)))
+            if pick < skill + 0.05:
+                parent = tip if pick < skill else len(tokens)
             at = length + depth[parent]
             right = script[at] if at < len(script) else 0
             if parent == tip and depth[tip] < right_limit and rng.random() < 0.7:
@@ -391,9 +226,10 @@ class ScriptedDrafter(_core.Drafter):
     def ended(self, event: _core.Event) -> None:
         """Counts ends that fell inside a path which would have been accepted further."""
         count, right = len(event.tokens), self._right_depth.get(event.request, 0)
-        if event.finish == "stop" and count >= 2 and min(right, self._max_depth[event.request]) > count:
+        usable = min(right, self._max_depth.get(event.request, 0))
+        if event.finish == "stop" and 2 <= count < usable:
             self.met["eos inside an accepted path"] += 1
-        if event.finish == "length" and count >= 2 and right >= count:
+        if event.finish == "length" and 2 <= count <= right:
             self.met["limit inside a right path"] += 1
 
 
@@ -432,7 +268,7 @@ def random_sampling(rng: Rng) -> tuple[tuple[str, Any], ...]:
 
 
 def random_prompt(rng: Rng, vocab: int, max_length: int) -> tuple[int, ...]:
-    """Any text, a repeated phrase, or token 0 everywhere; lengths beside page borders are likely."""
+    """Any text, a repeated phrase, or token 0 everywhere; often about as long as a page."""
     lengths = [1, 2, 63, 64, 65, 128, 129, *rng.integers(1, 301, 4), *rng.integers(1, 30, 4)]
     length = min(int(rng.choice(lengths)), max_length)
     kind = rng.random()
@@ -469,3 +305,38 @@ class Tally:
             met["requests that reused tokens"] += outcome.stats.reused_tokens > 0
             met["distinct tokens"] += len(set(outcome.tokens))
             met[f"finish {outcome.finish}"] += 1
+
+
+def prompt_of(seed: int, length: int, vocab: int) -> tuple[int, ...]:
+    """A random prompt."""
+    return tuple(np.random.default_rng(seed).integers(0, vocab, length).tolist())
+
+
+def known_of(backend: _core.Backend, shape: Shape, job: Job, max_context: int) -> list[int]:
+    """known_tokens for a backend's instruction set."""
+    return list(known_tokens(shape, isa_of(backend), job, max_context))
+
+
+def run_scripted(
+    backend: _core.Backend,
+    shape: Shape,
+    jobs: list[Job],
+    *,
+    max_context: int = CONTEXT,
+    max_nodes: int = 64,
+    seed: int = 0,
+    tally: "Tally | None" = None,
+    **options: int,
+) -> tuple[_core.Session, list[Outcome]]:
+    """Jobs through one session with the drafter that knows, checked; its statistics go to tally."""
+    known = [known_of(backend, shape, job, max_context) for job in jobs]
+    model = model_for(shape, isa_of(backend), 2)
+    drafter = ScriptedDrafter(seed, max_nodes, shape.vocab)
+    session = _core.Session(model, drafter, max_context=max_context, **options)
+    outcomes = run(session, jobs, drafter=drafter, scripts=known)
+    for job, outcome, tokens in zip(jobs, outcomes, known, strict=True):
+        check(job, outcome, tokens, max_context, f"{shape.name}, {options}")
+    if tally:
+        tally.add(backend, session, outcomes)
+        tally.of(backend).update(drafter.met)
+    return session, outcomes

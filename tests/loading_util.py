@@ -1,7 +1,6 @@
 """Makers of tiny random checkpoints: models, GGUF files, tokenizers, heads in formats A to F."""
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +9,11 @@ from unittest.mock import patch
 import gguf
 import numpy as np
 import torch
-from medusa_ext.loading import load
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from medusa_ext.loading import load
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2; <|im_end|> ends a turn
@@ -415,7 +415,9 @@ def record(model: Any, heads: Any = "auto", *, dtype: str = "auto", **hub: Any) 
 
 def mappings_of(folder: Path) -> list[str]:
     """Files below `folder` that this process still has open or mapped."""
-    links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
-    targets = [os.readlink(link) for link in links if link.exists()]
-    mapped = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    links = list(Path("/proc/self/fd").iterdir())
+    targets = [str(link.readlink()) for link in links if link.exists()]
+    mapped = [
+        line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()
+    ]
     return sorted({name for name in targets + mapped if name.startswith(str(folder))})

@@ -1,4 +1,4 @@
-"""The reference of each op: NumPy in float64, written from the decoding rules; the only one in the tests.
+"""The reference of each op: NumPy in float64, from the decoding rules; the only one here.
 
 Inputs are taken as they are: callers round them to the op's types beforehand.
 """
@@ -131,10 +131,18 @@ class Choice:
 
 
 def penalise(logits: np.ndarray, seen: Collection[int], penalty: float) -> np.ndarray:
-    out = logits.astype(np.float64)
-    ids = np.fromiter(set(seen), np.int64, len(set(seen)))
-    out[ids] = np.where(out[ids] < 0, out[ids] * penalty, out[ids] / penalty)
+    """In f32, one rounding for each, as transformers does: which values tie is part of the rule."""
+    out, factor = logits.astype(np.float32), np.float32(penalty)
+    ids = np.array(sorted(set(seen)), np.int64)
+    out[ids] = np.where(out[ids] < 0, out[ids] * factor, out[ids] / factor)
     return out
+
+
+def tempered(
+    logits: np.ndarray, seen: Collection[int], penalty: float, temperature: float
+) -> np.ndarray:
+    """y / T, an f32 quotient."""
+    return (penalise(logits, seen, penalty) / np.float32(temperature)).astype(np.float64)
 
 
 def kept(y: np.ndarray, top_k: int, top_p: float, min_p: float) -> list[int]:
@@ -151,10 +159,10 @@ def scores(
     logits: np.ndarray, seen: Collection[int], choice: Choice, position: int
 ) -> tuple[np.ndarray, list[int]]:
     """What the argmax is taken over [V], and the ids that it may take."""
-    y = penalise(logits, seen, choice.repetition_penalty)
     if choice.temperature == 0:
-        return y, list(range(len(y)))
-    y = y / np.float64(np.float32(choice.temperature))
+        y = penalise(logits, seen, choice.repetition_penalty)
+        return y.astype(np.float64), list(range(len(y)))
+    y = tempered(logits, seen, choice.repetition_penalty, choice.temperature)
     noise = gumbel(noise_words(choice.seed, choice.sample_index, position, len(y)))
     return y + noise.astype(np.float64), kept(y, choice.top_k, choice.top_p, choice.min_p)
 
@@ -171,7 +179,7 @@ def walk(
     eos: Collection[int],
     max_tokens: int,
 ) -> tuple[list[int], list[int]]:
-    """Path and emitted tokens; choose_at(node, path with the node) is the model's own token there."""
+    """Path and emitted tokens; choose_at(node, path to it) is the model's own token there."""
     path, emitted = [0], []
     while True:
         emitted.append(choose_at(path[-1], path))

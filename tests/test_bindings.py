@@ -1,4 +1,4 @@
-"""The compiled module: exceptions, borrowed arrays, drafters written in Python, and who keeps what alive."""
+"""The compiled module: exceptions, borrowed arrays, drafters in Python, who keeps what alive."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,8 +101,6 @@ def test_import_is_light():
 
 
 def test_stub_names_everything_that_the_module_has():
-    from pathlib import Path
-
     stub = Path(medusa_ext.__file__).with_name("_core.pyi").read_text()
     for name in dir(_core):
         assert name in stub or (name.startswith("__") and name != "__version__")
@@ -120,16 +119,23 @@ def test_exceptions_are_translated():
 
 
 def test_out_of_memory_is_a_memory_error():
-    with pytest.raises(MemoryError, match="bytes"):
-        _core.KvCache(
-            _core.Backend(threads=1),
-            num_layers=4096,
-            num_kv_heads=64,
-            head_dim=256,
-            dtype="f32",
-            page_table=np.zeros((1, 1), np.int32),
-            num_pages=1 << 12,
-        )
+    # In a process of its own whose address space is limited: memory untouched is otherwise free.
+    code = """
+import resource
+import numpy as np
+from medusa_ext import _core
+backend = _core.Backend(threads=1)
+resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
+table = np.zeros((1, 1), np.int32)
+sizes = {"num_layers": 64, "num_kv_heads": 8, "head_dim": 128, "num_pages": 1 << 12}
+try:
+    _core.KvCache(backend, dtype="f32", page_table=table, **sizes)
+except MemoryError as error:
+    print("MemoryError", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "MemoryError" in done.stdout
+    assert str(64 * 8 * 128 * 4 * 2 * 64 << 12) in done.stdout  # bytes asked
 
 
 @pytest.mark.parametrize(
@@ -153,7 +159,7 @@ def test_builder_refuses_arrays_by_name(array, dtype, message):
 
 def test_builder_names_what_is_missing():
     builder = _core.ModelBuilder(tiny_config(), "f32", _core.Backend(threads=1))
-    with pytest.raises(ValueError, match="norm.weight"):
+    with pytest.raises(ValueError, match=r"norm\.weight"):
         builder.finish()
 
 
@@ -212,7 +218,9 @@ def test_python_drafter_changes_nothing_and_is_told(model):
         ahead = text[len(one.tokens) : len(one.tokens) + min(one.max_nodes - 3, one.max_depth)]
         # Two duplicates of the first token merge into it; the chain hangs on the last of them.
         first = ahead[:1] * 2
-        return first + ahead[: len(ahead)], [0] * len(first) + [0, *range(3, 2 + len(ahead))][: len(ahead)]
+        return first + ahead[: len(ahead)], [0] * len(first) + [0, *range(3, 2 + len(ahead))][
+            : len(ahead)
+        ]
 
     drafter = Scripted(known)
     session = _core.Session(model, drafter)
@@ -349,7 +357,13 @@ def test_cache_of_tests_starts_as_nan(backend):
     for dtype in ["f32", "f16", "bf16"]:
         table = np.array([[1, 0]], np.int32)
         cache = _core.KvCache(
-            backend, num_layers=2, num_kv_heads=2, head_dim=8, dtype=dtype, page_table=table, num_pages=2
+            backend,
+            num_layers=2,
+            num_kv_heads=2,
+            head_dim=8,
+            dtype=dtype,
+            page_table=table,
+            num_pages=2,
         )
         for slot in [0, 63, 64, 127]:
             for values in cache.read(1, 0, slot):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from engine_util import demo_engine, make_tiny
 from loading_util import make_heads
 from medusa_ext import Engine, _core, cli
@@ -51,14 +52,29 @@ def test_generate_raw_with_options(run, tiny: str) -> None:
     options = {"max_new_tokens": 9, "temperature": 0.7, "top_p": 0.9, "seed": 4}
     with Engine(tiny) as engine:
         expected = engine.generate("ab ab", **options)
-    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [
+        text
+        for name, value in options.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
     status, out, _ = run("generate", "ab ab", "--raw", "--model", tiny, *flags)
     assert (status, out) == (0, expected.text + "\n")
 
 
 def test_generate_json_batch_of_samples(run, tiny: str) -> None:
     status, out, err = run(
-        "generate", "one", "two", "-m", tiny, "-n", "5", "-t", "1", "--json", "--num-return-sequences", "2"
+        "generate",
+        "one",
+        "two",
+        "-m",
+        tiny,
+        "-n",
+        "5",
+        "-t",
+        "1",
+        "--json",
+        "--num-return-sequences",
+        "2",
     )
     results = [json.loads(line) for line in out.splitlines()]
     assert (status, err) == (0, "")
@@ -96,7 +112,13 @@ def test_inspect(run, tiny: str, tmp_path: Path) -> None:
     heads = make_heads(tmp_path / "heads", "B")
     status, out, _ = run("inspect", tiny, "--heads", str(heads))
     assert status == 0
-    for word in ("llama", "f32", "3 of 1 layers, format B", "memory for weights", "cache per 1,000 tokens"):
+    for word in (
+        "llama",
+        "f32",
+        "3 of 1 layers, format B",
+        "memory for weights",
+        "cache per 1,000 tokens",
+    ):
         assert word in out, word
     status, out, _ = run("inspect", tiny, "--json")
     found = json.loads(out)
@@ -222,7 +244,9 @@ def test_chat_without_a_terminal(run, tiny: str, monkeypatch: pytest.MonkeyPatch
     assert status == 0
     with Engine(tiny, max_batch=1) as engine:
         chat = engine.chat()
-        answers = [chat.send(line, max_new_tokens=6).text for line in ("Say something.", "And more.")]
+        answers = [
+            chat.send(line, max_new_tokens=6).text for line in ("Say something.", "And more.")
+        ]
         chat.reset()
         answers.append(chat.send("Again.", max_new_tokens=6).text)
     assert out == "".join(f"{answer}\n" for answer in answers)

@@ -6,10 +6,11 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from medusa_ext.detokenize import DetokenizerFactory, token_bytes
-from medusa_ext.text_builder import TextBuilder
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from medusa_ext.detokenize import DetokenizerFactory, token_bytes
+from medusa_ext.text_builder import TextBuilder
 
 TEXTS = [
     "Why is the sky blue?",

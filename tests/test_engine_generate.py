@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from engine_util import Known, demo_engine, demo_tokenizer, make_tiny
 from loading_util import make_heads
 from medusa_ext import Engine, Result
@@ -140,6 +141,7 @@ def test_stop_strings_across_token_borders_and_inside_accepted_paths(engine: Eng
             across += stop not in demo_tokenizer().decode(free.token_ids[count - 1])
             emitted = sum(n * times for n, times in enumerate(result.stats.accepted_lengths))
             inside += emitted > count
+            assert emitted < count + Known.max_nodes, "decoding went on after the stop string"
             assert known.session_stats().active == 0
     assert across >= 3, "no stop string lay across a token border"
     assert inside >= 3, "no stop string ended inside an accepted path"
@@ -190,7 +192,7 @@ def test_info_and_memory(engine: Engine) -> None:
 
 
 def test_medusa_heads_and_trees(tmp_path: Path) -> None:
-    """Random heads never change the text; the tree is the one asked for, and no deeper than the heads."""
+    """Random heads never change the text; the tree is the one asked for, no deeper than they."""
     model, heads = make_tiny(tmp_path / "model"), make_heads(tmp_path / "heads", "B")
     options = {"max_new_tokens": 40, "temperature": 1.0, "seed": 2}
     with Engine(model, None) as plain:
@@ -206,6 +208,19 @@ def test_medusa_heads_and_trees(tmp_path: Path) -> None:
             assert engine.generate(PROMPT, **options).token_ids == expected
     with pytest.raises(ValueError, match="depth 4, the model has 3 heads"):
         Engine(model, heads, tree=[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]])
+
+
+def test_typical_acceptance(tmp_path: Path) -> None:
+    """At temperature 0 it is exact; above, it draws nothing and accepts several tokens a step."""
+    model, heads = make_tiny(tmp_path / "model"), make_heads(tmp_path / "heads", "B")
+    typical = {"acceptance": "typical", "max_new_tokens": 60, "eos_token_id": []}
+    with Engine(model, heads) as engine:
+        exact = engine.generate(PROMPT, max_new_tokens=60, eos_token_id=[])
+        assert engine.generate(PROMPT, **typical).token_ids == exact.token_ids
+        options = {"temperature": 2.0, "epsilon": 0.0, "delta": 0.0, **typical}
+        loose = engine.generate(PROMPT, seed=1, **options)  # all guesses
+        assert engine.generate(PROMPT, seed=2, **options).token_ids == loose.token_ids
+        assert loose.stats.tokens_per_step > 3 > exact.stats.tokens_per_step
 
 
 def test_prompt_lookup_saves_steps(engine: Engine) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from engine_util import demo_engine
 from medusa_ext import Drafter, Engine
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 from engine_util import Known, demo_engine, make_tiny
 from medusa_ext import DraftInput, Engine
 

@@ -1,11 +1,13 @@
 """Several threads on one engine, two engines at once, and memory that stays flat."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from engine_util import Known, demo_engine, make_tiny
 from medusa_ext import DraftInput, Engine
 
@@ -79,6 +81,40 @@ def test_failure_of_a_step_reaches_every_thread(tiny: Path) -> None:
         assert kinds == ["RuntimeError", "RuntimeError", "ZeroDivisionError"]
         assert all("broken" in str(outcome) for outcome in outcomes)
         assert engine.generate("Hello", max_new_tokens=3).token_ids
+
+
+class Interrupting(Known):
+    """^C once three texts have run together for some steps, whichever thread drives."""
+
+    steps = 0
+
+    def draft(self, inputs: list[DraftInput]) -> list[tuple[list[int], list[int]]]:
+        time.sleep(0.005)
+        self.steps += len(inputs) == 3
+        if self.steps == 5:
+            self.steps += 1
+            signal.raise_signal(signal.SIGINT)
+        return super().draft(inputs)
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_interrupt_of_the_main_thread_leaves_the_others_alone(tiny: Path, attempt: int) -> None:
+    options = {"max_new_tokens": 150, "eos_token_id": [], "temperature": 1.0}
+    with Engine(tiny, None) as plain:
+        expected = [plain.generate("Hello", seed=seed, **options).token_ids for seed in (1, 2)]
+    outcomes: list[object] = []
+    with Engine(tiny, threads=1, drafter=Interrupting([])) as engine:
+
+        def work(seed: int) -> Callable[[], object]:
+            return lambda: engine.generate("Hello", seed=seed, **options).token_ids
+
+        others = threading.Thread(target=lambda: outcomes.extend(run_all([work(1), work(2)])))
+        others.start()
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("Hello", max_new_tokens=None, eos_token_id=[])
+        others.join(PATIENCE_S)
+        assert outcomes == expected
+        assert engine.session_stats().active == 0
 
 
 class Patient(Known):

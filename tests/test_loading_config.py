@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import loading_util as util
 from medusa_ext import _core
 from medusa_ext.loading import LoadError, hf
 from medusa_ext.loading.config import eos_ids, from_hf
 from medusa_ext.loading.plan import to_json
-
-torch = pytest.importorskip("torch")
-import loading_util as util
-from transformers import AutoConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 U = 2.0**-24  # unit roundoff of f32
 
@@ -163,11 +163,13 @@ def test_flags():
         ({"pretraining_tp": 2}, "pretraining_tp is 2"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; wanted one of silu"),
         ({"hidden_act": ["silu"]}, "hidden_act"),
-        ({"hidden_size": 0}, "hidden_size is 0; wanted a whole number above 0"),
+        ({"hidden_size": 0}, "hidden_size is 0; wanted a whole number from 1 to"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "32"}, "hidden_size is '32'"),
         ({"hidden_size": True}, "hidden_size is True"),
         ({"vocab_size": 2**40}, "vocab_size"),
+        ({"num_hidden_layers": 2**31 - 1}, "from 1 to 4096"),
+        ({"head_dim": 2**30}, "from 1 to 65536"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of"),
         ({"head_dim": None, "hidden_size": 33}, "hidden_size 33 is not a multiple"),
         ({"head_dim": 7}, "head_dim 7 cannot be rotated"),
@@ -191,6 +193,55 @@ def test_refused_by_name(changes, words):
         from_hf(config, "some/config.json")
     assert words in str(error.value)
     assert str(error.value).startswith("some/config.json")
+
+
+JUNK = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2.5,
+    1e308,
+    float("inf"),
+    float("nan"),
+    10**30,
+    "",
+    "x",
+    [],
+    [1],
+    {},
+    {"a": 1},
+]
+
+
+@pytest.mark.parametrize("family", util.FAMILIES)
+def test_junk_is_refused_or_read_but_never_crashes(family):
+    """Every value of every key replaced by each kind of junk, also inside rope_parameters."""
+    refused = 0
+    for rope in util.ROPE_VARIANTS:
+        config = util.make_config(family, rope, use_sliding_window=True, sliding_window=4)
+        config |= {"layer_types": ["full_attention"] * 3, "max_window_layers": 1}
+        inner = config["rope_parameters"] | {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "truncate": True,
+            "attention_factor": None,
+            "partial_rotary_factor": 1.0,
+        }
+        cases = [config | {key: junk} for key in config for junk in JUNK]
+        cases += [
+            config | {"rope_parameters": inner | {key: junk}} for key in inner for junk in JUNK
+        ]
+        for case in cases:
+            try:
+                to_json(from_hf(case, "config.json"))
+            except LoadError:
+                refused += 1
+    assert refused > 500
 
 
 def test_layer_types_must_fit():
@@ -234,7 +285,8 @@ def test_both_spellings_load_the_same(tmp_path):
     util.make_model(tmp_path, rope="llama3")
     new = util.record(tmp_path).config
     util.write_json(
-        tmp_path / "config.json", util.old_spelling(json.loads((tmp_path / "config.json").read_text()))
+        tmp_path / "config.json",
+        util.old_spelling(json.loads((tmp_path / "config.json").read_text())),
     )
     assert util.record(tmp_path).config == new
     assert hf.stored_name("layers.2.q_proj.bias") == "model.layers.2.self_attn.q_proj.bias"

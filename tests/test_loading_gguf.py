@@ -1,46 +1,31 @@
 """GGUF files: configuration, tensors and tokenizers, the demo model among them."""
 
 import gc
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
+import torch
+
+import loading_util as util
 from medusa_ext import _core
 from medusa_ext.loading import LoadError, load_model
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-torch = pytest.importorskip("torch")
-gguf = pytest.importorskip("gguf")
-import loading_util as util
 from medusa_ext.loading.gguf import GgufFile, round_bf16
-from medusa_ext.loading.gguf_tokenizer import build
-from medusa_ext.loading.tokenizer import wrap
-
-TEXTS = [
-    "Hello, world!",
-    "  leading, trailing  and   inner spaces  ",
-    "12345 and 3.14159, 2024-01-01",
-    "don't we'll I'M it's",
-    "naïve café Zürich Straße",
-    "日本語のテキスト 한국어 עברית العربية",
-    "emoji 👋🏽 family 👩‍👩‍👧 flag 🇩🇪 e\u0301",
-    "tabs\tand\nnewlines\r\n\n\nend",
-    "def f(x):\n    return x**2  # <= squares\n",
-    "x²+½ №5 ①",
-    "",
-    " ",
-    "\u0000\u0001\ufffd",
-]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
     """One directory per family, with quantisable sizes."""
     folder = tmp_path_factory.mktemp("sources")
-    return {family: util.make_model(folder / family, family, head_dim=16, hidden_size=64, intermediate_size=96) for family in util.FAMILIES}
+    return {
+        family: util.make_model(
+            folder / family, family, head_dim=16, hidden_size=64, intermediate_size=96
+        )
+        for family in util.FAMILIES
+    }
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", "f32"), ("F16", "f16"), ("BF16", "bf16")])
@@ -71,22 +56,29 @@ def test_quantised_blocks(sources, tmp_path, kind):
     wanted = {}
     for name, values in state.items():
         values = values.numpy()
-        wanted[util.gguf_name(name)] = gguf.dequantize(gguf.quantize(values, stored), stored) if values.ndim == 2 else values
+        wanted[util.gguf_name(name)] = (
+            gguf.dequantize(gguf.quantize(values, stored), stored) if values.ndim == 2 else values
+        )
     names = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
     for dtype in ("auto", *names):
         loaded = util.record(path, dtype=dtype)
         assert loaded.weights_dtype == ("bf16" if dtype == "auto" else dtype)
-        for name, key in (("embed_tokens.weight", "token_embd.weight"), ("layers.1.down_proj.weight", "blk.1.ffn_down.weight")):
+        for name, key in (
+            ("embed_tokens.weight", "token_embd.weight"),
+            ("layers.1.down_proj.weight", "blk.1.ffn_down.weight"),
+        ):
             rounded = torch.tensor(wanted[key]).to(names[loaded.weights_dtype]).float()
             np.testing.assert_array_equal(loaded.model.tensors[name].astype(np.float32), rounded)
-        assert loaded.model.types["norm.weight"] in ("float32", "f32")
+        assert loaded.model.types["norm.weight"] == "float32"
 
 
 def test_rounding_to_bf16_is_torchs():
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, 100_000, dtype=np.uint32)
     values = bits.view(np.float32)
-    values = np.concatenate([values[np.isfinite(values)], np.float32([0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8])])
+    values = np.concatenate(
+        [values[np.isfinite(values)], np.float32([0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8])]
+    )
     wanted = torch.tensor(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(round_bf16(values), wanted)
 
@@ -99,7 +91,8 @@ def test_rope_scaling_keys(tmp_path, rope):
         metadata["rope.scaling.original_context_length"] = 32
     path = util.make_gguf(tmp_path / "m.gguf", folder, metadata=metadata)
     ours, theirs = util.record(path).config["rope"], util.record(folder).config["rope"]
-    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert ours.pop("inv_freq") == theirs.pop("inv_freq")
+    assert ours == pytest.approx(theirs, rel=1e-12)
 
 
 def test_llama3_factors_are_a_tensor(tmp_path):
@@ -108,7 +101,9 @@ def test_llama3_factors_are_a_tensor(tmp_path):
     wanted = np.float32(util.record(scaled).config["rope"]["inv_freq"])
     factors = np.float32(util.record(plain).config["rope"]["inv_freq"]) / wanted
     path = util.make_gguf(tmp_path / "m.gguf", plain, rope_freqs=factors)
-    np.testing.assert_allclose(np.float32(util.record(path).config["rope"]["inv_freq"]), wanted, rtol=3 * 2**-24)
+    np.testing.assert_allclose(
+        np.float32(util.record(path).config["rope"]["inv_freq"]), wanted, rtol=3 * 2**-24
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +129,9 @@ def test_another_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(LoadError, match="architecture 'gpt2' is not supported; supported are llama"):
+    with pytest.raises(
+        LoadError, match="architecture 'gpt2' is not supported; supported are llama"
+    ):
         util.record(tmp_path / "m.gguf")
 
 
@@ -144,7 +141,10 @@ def test_every_truncation_is_refused(sources, tmp_path):
     with_data = GgufFile(path).reader.data_offset
     rng = np.random.default_rng(0)
     cuts = [0, 3, 4, 8, 20, 24, with_data - 1, with_data, len(content) - 1]
-    cuts += rng.integers(24, with_data, 60).tolist() + rng.integers(with_data, len(content), 10).tolist()
+    cuts += (
+        rng.integers(24, with_data, 60).tolist()
+        + rng.integers(with_data, len(content), 10).tolist()
+    )
     for cut in cuts:
         path.write_bytes(content[:cut])
         with pytest.raises(LoadError) as error:
@@ -152,6 +152,7 @@ def test_every_truncation_is_refused(sources, tmp_path):
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
     assert "tensor output" in str(error.value) or "tensor blk" in str(error.value)
+    del error  # its traceback holds the open file
     gc.collect()
     assert util.mappings_of(tmp_path) == []
 
@@ -162,19 +163,20 @@ def test_damaged_headers_never_crash(sources, tmp_path):
     content = path.read_bytes()
     end = GgufFile(path).reader.data_offset
     rng = np.random.default_rng(1)
-    refused = 0
+    lines: list[str] = []
     for _ in range(150):
         damaged = bytearray(content)
-        # Most of the header is vocabulary; half of the damage goes into the keys and the tensor table.
+        # Most of the header is vocabulary; half of the damage goes into the keys and the tensor
+        # table.
         where = rng.integers(4, 700) if rng.random() < 0.5 else rng.integers(end - 1500, end)
         damaged[where : where + 2] = rng.integers(0, 256, 2, dtype=np.uint8).tobytes()
         path.write_bytes(damaged)
         try:
             util.record(path)
         except LoadError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 50
+            lines.append(str(error))
+    assert len(lines) > 50
+    assert not any("\n" in line for line in lines)
 
 
 def test_missing_surplus_and_misshapen_tensors(tmp_path):
@@ -217,169 +219,7 @@ def test_without_the_package_gguf(sources, tmp_path, monkeypatch):
         util.record(path)
 
 
-# Tokenizers
-
-
-def write_tokenizer(path: Path, fill) -> Path:
-    """A GGUF file that holds a tokenizer and nothing else."""
-    writer = gguf.GGUFWriter(path, "llama")
-    fill(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def open_tokenizer(path: Path):
-    return wrap(*build(GgufFile(path)))
-
-
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "default"])
-def test_byte_level_vocabularies(tmp_path, pre):
-    """Every text survives the way there and back, and is cut where the vocabulary's training cut it."""
-    path = write_tokenizer(tmp_path / "t.gguf", lambda w: util.add_gguf_tokenizer(w, util.make_tokenizer(), pre))
-    tokenizer = open_tokenizer(path)
-    for text in TEXTS:
-        wanted = __import__("unicodedata").normalize("NFC", text) if pre == "qwen2" else text
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == wanted
-    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("ab 1234")
-    numbers = [piece for piece, _ in pieces[1:]]
-    assert numbers == {
-        "gpt-2": ["Ġ1234"],
-        "smollm": ["Ġ", "1", "2", "3", "4"],
-        "llama-bpe": ["Ġ", "123", "4"],
-        "qwen2": ["Ġ", "1", "2", "3", "4"],
-        "default": ["Ġ", "123", "4"],
-    }[pre]
-
-
-def test_special_tokens_and_template(tmp_path):
-    path = write_tokenizer(tmp_path / "t.gguf", lambda w: util.add_gguf_tokenizer(w, util.make_tokenizer()))
-    tokenizer = open_tokenizer(path)
-    messages = [{"role": "user", "content": "hi"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    reference = util.make_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert ids == reference
-    assert ids[0] == 1  # <|im_start|>, whole
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nhi\nassistant\n"
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
-
-
-@pytest.mark.parametrize("adds", [True, False])
-def test_begin_of_sequence(tmp_path, adds):
-    def fill(writer):
-        util.add_gguf_tokenizer(writer, util.make_tokenizer())
-        writer.kv_data[0]["tokenizer.ggml.add_bos_token"].value = adds
-
-    tokenizer = open_tokenizer(write_tokenizer(tmp_path / "t.gguf", fill))
-    assert (tokenizer("hi")["input_ids"][0] == 1) == adds
-    assert tokenizer("hi", add_special_tokens=False)["input_ids"][0] != 1
-
-
-PIECES = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-WORDS = ["▁", "h", "e", "l", "o", "w", "r", "d", "he", "ll", "hell", "hello", "lo", "▁he", "▁w", "or", "▁wor", "ld", "▁world", "▁hello"]
-
-
-def fill_sentencepiece(writer) -> None:
-    tokens = PIECES + WORDS
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(PIECES) + [-float(rank) for rank in range(len(WORDS))])
-    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(WORDS))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-
-
-def sentencepiece(text: str) -> list[str]:
-    """SentencePiece's BPE, by its definition: join the neighbours whose union scores best, leftmost first."""
-    score = {word: -rank for rank, word in enumerate(WORDS)}
-    pieces = list("▁" + text.replace(" ", "▁"))
-    while True:
-        joins = [(score[a + b], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False)) if a + b in score]
-        if not joins:
-            break
-        at = -max(joins)[1]
-        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
-    out = []
-    for piece in pieces:
-        out += [piece] if piece in score else [f"<0x{byte:02X}>" for byte in piece.encode()]
-    return out
-
-
-def test_sentencepiece_vocabulary(tmp_path):
-    tokenizer = open_tokenizer(write_tokenizer(tmp_path / "t.gguf", fill_sentencepiece))
-    rng = np.random.default_rng(0)
-    texts = ["hello world", "hello", "", "  two", "é 👋🏽 x", "lo\nll"]
-    texts += ["".join(rng.choice(list("helowrd  "), rng.integers(1, 20))) for _ in range(300)]
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert tokenizer.convert_ids_to_tokens(ids) == (sentencepiece(text) if text else [])
-        assert tokenizer.decode(ids) == text
-    assert tokenizer("hello")["input_ids"][0] == 1  # <s> by default
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda w: w.add_tokenizer_model("bert"), "tokenizer 'bert' is not supported"),
-        (lambda w: w.add_tokenizer_pre("tekken"), "pre-tokenizer 'tekken' is not supported"),
-        (lambda w: w.add_token_types([1]), "1 token types for 320 tokens"),
-        (lambda w: w.add_token_merges(["q zz"]), "vocabulary cannot be used"),
-        (lambda w: w.add_bos_token_id(320), "320 is not below the vocabulary size 320"),
-        (lambda w: w.add_token_list(["a"] * 320), "'a' stands twice"),
-    ],
-)
-def test_damaged_vocabulary(tmp_path, change, words):
-    def fill(writer):
-        util.add_gguf_tokenizer(writer, util.make_tokenizer())
-        kept = dict(writer.kv_data[0])
-        writer.kv_data[0].clear()
-        change(writer)
-        writer.kv_data[0] = kept | writer.kv_data[0]
-
-    path = write_tokenizer(tmp_path / "t.gguf", fill)
-    with pytest.raises(LoadError) as error:
-        build(GgufFile(path))
-    assert words in str(error.value)
-    assert str(path) in str(error.value)
-
-
-def test_no_vocabulary(tmp_path):
-    path = write_tokenizer(tmp_path / "t.gguf", lambda w: None)
-    with pytest.raises(LoadError, match="holds no vocabulary"):
-        build(GgufFile(path))
-
-
 # The demo model
-
-
-@pytest.fixture(scope="module")
-def reference_tokenizer(demo_path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(demo_path.parent, gguf_file=demo_path.name)
-
-
-@pytest.mark.checkpoint
-def test_demo_tokenizer(demo_path, shared_dir, reference_tokenizer):
-    """Against the tokenizer that transformers builds, with SmolLM's own cutting: digits one by one, then GPT-2's."""
-    tokenizer = open_tokenizer(demo_path)
-    reference_tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    lines = (shared_dir / "data" / "mt_bench.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts = [turn for line in lines for turn in json.loads(line).get("turns", json.loads(line).get("prompt", []))]
-    assert len(prompts) >= 80
-    for text in TEXTS + prompts:
-        ids = tokenizer(text)["input_ids"]
-        assert ids == reference_tokenizer(text)["input_ids"]
-        assert tokenizer.decode(ids) == text
-    messages = [{"role": "user", "content": "12 x 34?"}, {"role": "assistant", "content": "<|im_end|>"}]
-    ids = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert ids == reference_tokenizer.apply_chat_template(messages, return_dict=False)
-    assert ids.count(2) == 4  # system, user, the quoted one, assistant
 
 
 @pytest.mark.checkpoint
@@ -408,7 +248,15 @@ def test_demo_facts():
     assert loaded.weights_dtype == loaded.model.dtype == "bf16"
     assert loaded.eos_ids == [2]
     assert loaded.heads_info is None
-    sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "max_context")
+    sizes = (
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "vocab_size",
+        "max_context",
+    )
     assert [loaded.config[size] for size in sizes] == [30, 576, 9, 3, 64, 49152, 8192]
     assert loaded.config["tied_embeddings"]
 
@@ -417,22 +265,12 @@ def test_demo_facts():
 def test_demo_peak_memory():
     """At most 1.25 x the resident weights + 200 MB, in a fresh process."""
     code = (
-        "import resource; from medusa_ext import _core; from medusa_ext.loading import load_model\n"
+        "from pathlib import Path; from medusa_ext import _core\n"
+        "from medusa_ext.loading import load_model\n"
         "loaded = load_model('demo', backend=_core.Backend(threads=1))\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "print(peak, loaded.model.weight_bytes)"
+        "status = Path('/proc/self/status').read_text().split('VmHWM:')[1]\n"
+        "print(1024 * int(status.split()[0]), loaded.model.weight_bytes)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak, weight_bytes = map(int, done.stdout.split())
     assert peak <= 1.25 * weight_bytes + 200e6, f"peak {peak}, weights {weight_bytes}"
-
-
-def test_reference_pieces_are_what_the_names_say():
-    """The Sequence of Digits and ByteLevel that the demo test relies on is SmolLM's published pre-tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder, tokenizer.normalizer = decoders.ByteLevel(), normalizers.NFC()
-    pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("a12 b")]
-    assert pieces == ["a", "1", "2", "Ġb"]

@@ -6,10 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from medusa_ext.loading import LoadError, resolve, source
 
-pytest.importorskip("torch")
 import loading_util as util
+from medusa_ext.loading import LoadError, resolve, source
 
 
 def one_line(error: pytest.ExceptionInfo[LoadError]) -> str:
@@ -43,7 +42,16 @@ def test_demo_without_its_package(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["./nowhere", "/nowhere", "~/nowhere", "nowhere/", "a/b/c", "model.gguf", "x\\y", Path("nowhere")],
+    [
+        "./nowhere",
+        "/nowhere",
+        "~/nowhere",
+        "nowhere/",
+        "a/b/c",
+        "model.gguf",
+        "x\\y",
+        Path("nowhere"),
+    ],
 )
 def test_no_such_path(name):
     with pytest.raises(LoadError) as error:
@@ -108,9 +116,13 @@ def test_hub_takes_no_code_and_pickles_only_where_needed(tmp_path, monkeypatch):
         asked.append(options)
         return str(tmp_path)
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(
-        snapshot_download=snapshot_download, errors=sys.modules.get("huggingface_hub.errors")
-    ))
+    monkeypatch.setitem(
+        sys.modules,
+        "huggingface_hub",
+        SimpleNamespace(
+            snapshot_download=snapshot_download, errors=sys.modules.get("huggingface_hub.errors")
+        ),
+    )
     assert resolve("somebody/pickled").path == tmp_path
     assert len(asked) == 2
     assert any("bin" in pattern for pattern in asked[1]["allow_patterns"])

@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import reference
 from medusa_ext import _core
 from util import (
     DTYPES,
@@ -129,7 +130,9 @@ def test_nan_payloads_and_signed_zeros_survive(backend: _core.Backend) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_after_a_move_the_cache_is_that_of_the_chain(backend: _core.Backend, dtype: str) -> None:
-    """Tree, walk, move, next row: K, V and the next row's attention as if the path had been written one by one."""
+    """Tree, walk, move, next row: K, V and the next row's attention as if the path had been written
+    one by one.
+    """
     rng = np.random.default_rng(3)
     shape = {**SHAPE, "num_layers": 1, "head_dim": 32, "dtype": dtype}
     for length in (0, 50, 63, 64, 100):

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+
 import reference
 from medusa_ext import _core
 from util import DTYPES, U, assert_same_bits, assert_within, bf16_bits, from_bf16, normal, rounded
 
 
 def awkward_values(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Halfway cases of both 16-bit formats, tiny and huge numbers, signed zeros, among normal ones."""
+    """Halfway cases of both 16-bit formats, tiny, huge, signed zeros, among normal numbers."""
     x = normal(rng, *shape).reshape(-1)
     bf16_half = (x.view(np.uint32) & 0xFFFF0000 | 0x8000).view(np.float32)
     f16_half = x.astype(np.float16).astype(np.float32) * np.float32(1 + 2**-11)
@@ -81,7 +82,10 @@ def test_embed_refuses_unknown_tokens(backend: _core.Backend) -> None:
 
 
 def test_bf16_rounding_of_the_tests_themselves() -> None:
-    """1 + 2^-8 lies halfway: to even is down; 1 + 3 * 2^-8 goes up. Against torch-free known bits."""
+    """1 + 2^-8 lies halfway: to even is down; 1 + 3 * 2^-8 goes up.
+
+    Against torch-free known bits.
+    """
     assert bf16_bits(np.float32([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -2.0, 3.4e38])).tolist() == [
         0x3F80, 0x3F80, 0x3F82, 0xC000, 0x7F80,
     ]  # fmt: skip

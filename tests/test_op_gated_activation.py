@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 import reference
 from medusa_ext import _core
 from util import EPS, U, assert_same_bits, assert_within, normal, with_threads
@@ -27,10 +28,12 @@ def test_gated_activation(
     got = _core.ops.gated_activation(backend, gate_up, activation, out_dtype)
     want = reference.gated_activation(gate_up, activation)
     gate, up = np.split(np.abs(gate_up).astype(np.float64), 2, axis=1)
-    # exp to 2 units, a sum, a quotient, a product: 6 units of the result for silu (measured: 5). For gelu
-    # the units are of gate * up: 1 + erf cancels at negative gates (measured: 2). An exp that saturates
-    # at e^88.3 leaves x e^-88.3 of silu where it should go on falling.
-    bound = (6 * U * np.abs(want) + 5e-39 * gate * up) if activation == "silu" else 3 * U * gate * up
+    # exp to 2 units, a sum, a quotient, a product: 6 units of the result for silu (measured: 5).
+    # For gelu the units are of gate * up: 1 + erf cancels at negative gates (measured: 2). An exp
+    # that saturates at e^88.3 leaves x e^-88.3 of silu where it should go on falling.
+    bound = (
+        (6 * U * np.abs(want) + 5e-39 * gate * up) if activation == "silu" else 3 * U * gate * up
+    )
     if out_dtype == "bf16":
         bound += EPS["bf16"] * (np.abs(want) + bound)
     assert_within(got, want, bound)

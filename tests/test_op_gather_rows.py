@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from medusa_ext import _core
 from util import assert_same_bits, normal, rounded
 

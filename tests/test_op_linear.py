@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 import reference
 from medusa_ext import _core
 from util import (
@@ -33,8 +34,8 @@ def bound_of(
 ) -> np.ndarray:
     """A unit roundoff of every partial sum, none of which exceeds sum |x w| + |bias| + |residual|.
 
-    At worst K + 2 of them add up; signs are random, so that 3 + sqrt(K) / 4 is never passed (measured:
-    at most 0.8 of it, and 0.3 for K = 576).
+    At worst K + 2 of them add up; signs are random, so that 3 + sqrt(K) / 4 is never passed
+    (measured: at most 0.8 of it, and 0.3 for K = 576).
     """
     size = np.abs(x).astype(np.float64) @ np.abs(stored).astype(np.float64).T
     size += (0 if bias is None else np.abs(bias)) + (0 if residual is None else np.abs(residual))

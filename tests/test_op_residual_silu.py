@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 import reference
 from medusa_ext import _core
 from util import U, assert_same_bits, assert_within, normal, with_threads

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 import reference
 from medusa_ext import _core
 from util import EPS, U, assert_same_bits, assert_within, normal, with_threads
@@ -19,8 +20,9 @@ def test_rms_norm(backend: _core.Backend, width: int, out_dtype: str, eps: float
     gain = normal(rng, width) + 1
     got = _core.ops.rms_norm(backend, x, gain, eps, out_dtype)
     want = reference.rms_norm(x, gain, np.float32(eps))
-    # Squares are summed in f32: relative error of a sum of positive terms, random walk of up to `width` roundings,
-    # halved by the root; then a root, a quotient and two products, each half a unit to one unit.
+    # Squares are summed in f32: relative error of a sum of positive terms, random walk of up to
+    # `width` roundings, halved by the root; then a root, a quotient and two products, each half a
+    # unit to one unit.
     bound = (4 + 0.5 * np.sqrt(width)) * U * np.abs(want)
     assert_within(
         got,

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 import reference
 from medusa_ext import _core
 from util import U, assert_same_bits, assert_within
@@ -31,8 +32,9 @@ def test_rope_table(backend: _core.Backend, rotary: int, scaling: float) -> None
     cos, sin = table(backend, positions, [5] * len(positions), rope)
     angles = reference.rope_angles(np.asarray(positions), np.full(len(positions), 5), rope)
     scaling = np.float32(scaling)
-    # The angle p * inv_freq is one f32 product (as in transformers): half a unit of the angle, which a cosine
-    # passes on at most unchanged; then one rounding of the cosine and one of the product with the scaling.
+    # The angle p * inv_freq is one f32 product (as in transformers): half a unit of the angle,
+    # which a cosine passes on at most unchanged; then one rounding of the cosine and one of the
+    # product with the scaling.
     bound = (U * np.abs(angles) + 3 * U) * scaling
     assert_within(cos, np.cos(angles) * scaling, bound)
     assert_within(sin, np.sin(angles) * scaling, bound)
@@ -44,7 +46,8 @@ def test_dynamic_scaling_depends_on_prompt_and_position_only(backend: _core.Back
     positions, prompt_len = (list(x) for x in zip(*cases, strict=True))
     cos, sin = table(backend, positions, prompt_len, rope)
     angles = reference.rope_angles(np.asarray(positions), np.asarray(prompt_len), rope)
-    # As above, and the powers that form the base are f32 or better: a few units of the exponent's size (ln base < 12).
+    # As above, and the powers that form the base are f32 or better: a few units of the exponent's
+    # size (ln base < 12).
     bound = 3 * U + 16 * U * np.abs(angles)
     assert_within(cos, np.cos(angles), bound)
     assert_within(sin, np.sin(angles), bound)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 import reference
 from medusa_ext import _core
 from util import (
@@ -91,8 +92,8 @@ def test_rope_write(
     ]:
         x = part if gain is None else reference.rms_norm(part, gain, np.float32(1e-5))
         want = reference.rotate(x, cos, sin)
-        # Norm as in rms_norm; then two products and a sum, three units of |a cos| + |b sin| <= |a| + |b|; then the
-        # rounding to the type stored (f16 has subnormals).
+        # Norm as in rms_norm; then two products and a sum, three units of |a cos| + |b sin| <= |a|
+        # + |b|; then the rounding to the type stored (f16 has subnormals).
         half = cos.shape[1]
         pair = np.abs(x).astype(np.float64)
         pair[..., : 2 * half] = np.tile(pair[..., :half] + pair[..., half : 2 * half], 2)
@@ -116,7 +117,9 @@ def test_rope_write(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_depend_on_the_row_alone(backend: _core.Backend, dtype: str) -> None:
-    """Rows one at a time, in any order of sequences, and with any number of threads write the same bits."""
+    """Rows one at a time, in any order of sequences, and with any number of threads write the same
+    bits.
+    """
     rng = np.random.default_rng(7)
     rows = make_rows(rng)
     num_rows, heads, kv_heads, head_dim = len(rows["slot"]), 4, 2, 32
@@ -179,7 +182,5 @@ def test_rope_write_refuses_wrong_shapes(backend: _core.Backend) -> None:
     for name, value in [("slot", 700), ("slot", -1), ("slot", 64), ("sequence", -1)]:
         wrong = {**rows, name: np.full(3, value, np.int32)}
         with pytest.raises(ValueError, match=rf"^rope_write.*{name} {value}"):
-            _core.ops.rope_write(
-                backend, good, wrong, cos, cos, None, None, 1e-5, case.cache, 0
-            )
+            _core.ops.rope_write(backend, good, wrong, cos, cos, None, None, 1e-5, case.cache, 0)
     assert np.isnan(case.dump()).all()

@@ -1,12 +1,16 @@
-"""tree_attention: what each row sees, how exactly it is computed, and that its bits depend on nothing else."""
+"""tree_attention: what each row sees, how exactly it is computed, and that its bits depend on
+nothing else.
+"""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import reference
 from medusa_ext import _core
 from util import (
     DTYPES,
@@ -62,7 +66,9 @@ def run_step(
 def random_qkv(
     rng: np.random.Generator, case: PagedCase, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q with scores that spread over several units, so that the softmax is neither flat nor a maximum."""
+    """q with scores that spread over several units, so that the softmax is neither flat nor a
+    maximum.
+    """
     kv = (count, case.num_kv_heads, case.head_dim)
     return (
         normal(rng, count, case.num_heads, case.head_dim, scale=2),
@@ -92,7 +98,9 @@ def check_rows(
             "hd,shd->hs", np.abs(q[row]), np.repeat(np.abs(k), group, axis=1)
         ).max(axis=1, keepdims=True)
         peak = np.repeat(np.abs(v).max(axis=(0, 2)), group)[:, None]
-        bound = ((1 + 0.1 * np.sqrt(case.head_dim)) * size + 4 + 0.25 * np.sqrt(len(seen))) * U * peak
+        bound = (
+            ((1 + 0.1 * np.sqrt(case.head_dim)) * size + 4 + 0.25 * np.sqrt(len(seen))) * U * peak
+        )
         assert_within(
             got[row],
             want,
@@ -107,7 +115,9 @@ def check_rows(
 def test_mixed_step(
     backend: _core.Backend, heads: int, kv_heads: int, head_dim: int, dtype: str, out_dtype: str
 ) -> None:
-    """Chunks of prompts and trees of several sequences side by side, over caches that end anywhere in a page."""
+    """Chunks of prompts and trees of several sequences side by side, over caches that end anywhere
+    in a page.
+    """
     rng = np.random.default_rng(head_dim)
     case = PagedCase(
         backend, [64, 150, 40, 209, 1, 129], 1, heads, kv_heads, head_dim, dtype, seed=2
@@ -213,7 +223,9 @@ def test_bits_do_not_depend_on_company(backend: _core.Backend, dtype: str, windo
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [0, 40])
 def test_bits_do_not_depend_on_chunks(backend: _core.Backend, dtype: str, window: int) -> None:
-    """A prompt in one piece, in random chunks, row by row, and as chains of tree nodes gives the same bits."""
+    """A prompt in one piece, in random chunks, row by row, and as chains of tree nodes gives the
+    same bits.
+    """
     rng = np.random.default_rng(8)
     shape: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 20, "dtype": dtype}
     length = 205
@@ -229,7 +241,7 @@ def test_bits_do_not_depend_on_chunks(backend: _core.Backend, dtype: str, window
         for as_tree in (False, True):
             case = PagedCase(backend, [length], seed=9, **shape)
             ends = [0, *cuts, length]
-            for start, end in zip(ends, ends[1:], strict=False):
+            for start, end in pairwise(ends):
                 count = end - start
                 rows = (
                     tree_rows(0, start, [*range(-1, count - 1)])
@@ -250,7 +262,9 @@ def test_bits_do_not_depend_on_chunks(backend: _core.Backend, dtype: str, window
 def test_a_node_is_its_path(
     backend: _core.Backend, parents: list[int], length: int, data: st.DataObject
 ) -> None:
-    """A node's output has the bits that causal attention over prefix and path gives, in pages of its own."""
+    """A node's output has the bits that causal attention over prefix and path gives, in pages of
+    its own.
+    """
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     dtype, window = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([0, 3, 66]))
     heads, kv_heads, head_dim = data.draw(st.sampled_from([(2, 1, 8), (3, 3, 64), (4, 2, 18)]))
@@ -280,12 +294,11 @@ def test_a_node_is_its_path(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_permuted_siblings_permute_outputs(backend: _core.Backend, dtype: str) -> None:
-    """Any renumbering of the nodes that keeps parents first moves the outputs and changes no bit."""
+    """Renumbering the nodes, parents still first, moves the outputs and changes no bit."""
     rng = np.random.default_rng(10)
     parents = random_parents(rng, 90, 0.5)
-    order = sorted(
-        range(90), key=lambda node, keys=rng.random(90): (depths(parents)[node], keys[node])
-    )
+    keys = rng.random(90)
+    order = sorted(range(90), key=lambda node: (depths(parents)[node], keys[node]))
     place = {node: new for new, node in enumerate(order)}
     renamed = [-1 if parents[node] < 0 else place[parents[node]] for node in order]
     results = []

@@ -1,7 +1,8 @@
 """README.md and docs/: every code block runs, the option tables are true, the links lead somewhere.
 
-The word after a block's language says how it is checked: `run` runs it; `network` needs the network, so it is only
-compiled; `install` has the two commands of the README, whose parts are looked up here and which CI runs as they stand.
+The word after a block's language says how it is checked: `run` runs it; `network` needs the
+network, so it is only compiled; `install` has the two commands of the README, whose parts are
+looked up here and which CI runs as they stand.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from medusa_ext import Engine, cli
 from medusa_ext.options import GenerateOptions, Options
 
@@ -98,4 +100,6 @@ def test_table_of_engine_options() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (page.parent / target.split("#")[0]).exists(), target
+        assert target.startswith("https://") or (page.parent / target.split("#")[0]).exists(), (
+            target
+        )

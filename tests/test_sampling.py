@@ -1,13 +1,16 @@
-"""The choice of tokens: noise, filters, the walk through a tree, and the law that sampled text follows."""
+"""The choice of tokens: noise, filters, the walk through a tree, and the law that sampled text
+follows.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy import stats
+
 import reference
 from medusa_ext import _core
 from reference import Choice
-from scipy import stats
 from util import U, assert_within, normal, random_node_tokens, random_parents
 
 # Noise.
@@ -25,14 +28,18 @@ from util import U, assert_within, normal, random_node_tokens, random_parents
         ),
     ],
 )
-def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], want: tuple[int, ...]) -> None:
+def test_philox_known_answers(
+    counter: tuple[int, ...], key: tuple[int, ...], want: tuple[int, ...]
+) -> None:
     assert _core.ops.philox(counter, key) == want
     assert tuple(reference.philox(counter, key)) == want
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1, 0x0123456789ABCDEF])
 @pytest.mark.parametrize(("sample_index", "position"), [(0, 0), (3, 1), (2**32 - 1, 2**31 - 1)])
-def test_noise_is_keyed_by_seed_sample_position_and_id(seed: int, sample_index: int, position: int) -> None:
+def test_noise_is_keyed_by_seed_sample_position_and_id(
+    seed: int, sample_index: int, position: int
+) -> None:
     got = _core.ops.noise(seed, sample_index, position, 49)
     assert got.tolist() == reference.noise_words(seed, sample_index, position, 49).tolist()
 
@@ -48,17 +55,23 @@ BORDERS = [0, 1, 2, 2**24 - 1, 2**24, 2**31 - 2, 2**31 - 1, 2**31, 2**31 + 1, 2*
 
 def test_gumbel_against_high_precision() -> None:
     rng = np.random.default_rng(1)
-    words = [BORDERS, rng.integers(0, 2**32, 200_000), 2 ** rng.integers(0, 32, 1000), 2**32 - 2 ** rng.integers(0, 32, 1000)]
+    words = [
+        BORDERS,
+        rng.integers(0, 2**32, 200_000),
+        2 ** rng.integers(0, 32, 1000),
+        2**32 - 2 ** rng.integers(0, 32, 1000),
+    ]
     x = np.concatenate(words).astype(np.uint32)
     want = reference.gumbel(x)
     got = _core.ops.gumbel(x)
     assert np.isfinite(got).all()
-    # E is good to a few units of itself, which -log E turns into as much absolute error; then the rounding of G.
+    # E is good to a few units of itself, which -log E turns into as much absolute error; then the
+    # rounding of G.
     assert_within(got, want, (5 + np.abs(want).astype(np.float64)) * U)
 
 
 def test_gumbel_never_rises() -> None:
-    """More noise never goes to a smaller word: G falls from word to word, near the ends strictly."""
+    """G falls from word to word, near the ends strictly."""
     for start in (0, 2**24 - 500, 2**31 - 5000, 2**32 - 10_000):
         x = np.arange(start, min(start + 10_000, 2**32), dtype=np.uint64).astype(np.uint32)
         assert (np.diff(_core.ops.gumbel(x)) <= 0).all()
@@ -82,14 +95,18 @@ def params(choice: Choice) -> _core.SamplingParams:
 
 
 def is_close_call(logits: np.ndarray, seen: set[int], choice: Choice, position: int) -> bool:
-    """Whether f32 rounding could decide: a filter's border or the two best scores within 1e-5 of each other."""
+    """Whether f32 rounding could decide: a filter's border or the two best scores within 1e-5 of
+    each other.
+    """
     if choice.temperature == 0:
-        return False  # penalised logits are one f32 product or quotient; equal ones are equal in f64 too
+        return (
+            False  # the reference rounds the penalty as the rule says, and nothing else is rounded
+        )
     score, ids = reference.scores(logits, seen, choice, position)
-    y = reference.penalise(logits, seen, choice.repetition_penalty) / np.float64(np.float32(choice.temperature))
+    y = reference.tempered(logits, seen, choice.repetition_penalty, choice.temperature)
     for factor in (1 - 1e-5, 1 + 1e-5):
         top_p = choice.top_p * factor if choice.top_p < 1 else 1.0
-        if reference.kept(y, choice.top_k, min(top_p, 1.0), choice.min_p * factor) != ids:
+        if reference.kept(y, choice.top_k, min(top_p, 1.0), min(choice.min_p * factor, 1.0)) != ids:
             return choice.top_p < 1 or choice.min_p > 0
     best = np.sort(score[ids])[::-1]
     return len(best) > 1 and best[0] - best[1] < 1e-5 * (1 + abs(best[0]))
@@ -99,7 +116,9 @@ def random_choice(rng: np.random.Generator) -> Choice:
     """Any filter on its own, several, or none; greedy in a quarter of the cases."""
     on = rng.random(5) < 0.5
     return Choice(
-        temperature=float(np.float32(rng.choice([0.3, 0.7, 1.0, 1.5, 10.0]))) if rng.random() < 0.75 else 0.0,
+        temperature=float(np.float32(rng.choice([0.3, 0.7, 1.0, 1.5, 10.0])))
+        if rng.random() < 0.75
+        else 0.0,
         top_k=int(rng.integers(1, 60)) if on[0] else 0,
         top_p=float(rng.choice([0.05, 0.3, 0.5, 0.9, 0.999])) if on[1] else 1.0,
         min_p=float(rng.choice([0.001, 0.05, 0.3, 1.0])) if on[2] else 0.0,
@@ -109,14 +128,17 @@ def random_choice(rng: np.random.Generator) -> Choice:
     )
 
 
-def test_walk_against_the_reference(backend: _core.Backend, case_count: Callable[[int], int]) -> None:
-    """Random logits (smooth, or of few values so that ties abound), trees, texts, filters, ends and limits."""
+def test_walk_against_the_reference(
+    backend: _core.Backend, case_count: Callable[[int], int]
+) -> None:
+    """Random logits (smooth, or of few values so that ties abound), trees, texts, filters, ends and
+    limits.
+    """
     met = dict.fromkeys(["deep", "end inside", "cut", "tie", "filtered", "penalised", "close"], 0)
     for seed in range(case_count(1500)):
         rng = np.random.default_rng(seed)
         vocab, num_nodes = int(rng.choice([2, 5, 33, 100])), int(rng.choice([1, 2, 10, 60]))
-        parents = random_parents(rng, num_nodes, rng.choice([0.0, 0.5, 1.0]))
-        parents = [p if parents[: v].count(p) < vocab else v - 1 for v, p in enumerate(parents)]
+        parents = random_parents(rng, num_nodes, rng.choice([0.0, 0.5, 1.0]), vocab)
         logits = normal(rng, num_nodes, vocab, scale=2)
         if rng.random() < 0.3:
             logits = np.round(logits)
@@ -131,7 +153,8 @@ def test_walk_against_the_reference(backend: _core.Backend, case_count: Callable
         close = []
 
         def choose_at(node: int, path: list[int]) -> int:
-            seen = {*history, *(tokens[v] for v in path)}  # noqa: B023  (called in this turn of the loop)
+            # Called in this turn of the loop only.
+            seen = {*history, *(tokens[v] for v in path)}  # noqa: B023
             position = len(history) + len(path)  # noqa: B023
             close.append(is_close_call(logits[node], seen, choice, position))  # noqa: B023
             met["tie"] += np.sum(logits[node] == logits[node].max()) > 1  # noqa: B023
@@ -146,7 +169,11 @@ def test_walk_against_the_reference(backend: _core.Backend, case_count: Callable
                     path.insert(0, above)
                     above = parents[above]
                 said = choose_at(parents[node], path)
-                siblings = [tokens[v] for v in range(1, num_nodes) if parents[v] == parents[node] and v != node]
+                siblings = [
+                    tokens[v]
+                    for v in range(1, num_nodes)
+                    if parents[v] == parents[node] and v != node
+                ]
                 if said not in siblings:
                     tokens[node] = said
             close.clear()
@@ -156,7 +183,14 @@ def test_walk_against_the_reference(backend: _core.Backend, case_count: Callable
             met["close"] += 1
             continue
         got = _core.ops.verify(
-            backend, logits, tokens, parents, params(choice), history=history, eos_ids=eos, max_tokens=max_tokens
+            backend,
+            logits,
+            tokens,
+            parents,
+            params(choice),
+            history=history,
+            eos_ids=eos,
+            max_tokens=max_tokens,
         )
         assert (list(got[0]), list(got[1])) == want, f"case {seed}: {choice}"
         path, emitted = want
@@ -165,20 +199,26 @@ def test_walk_against_the_reference(backend: _core.Backend, case_count: Callable
             parents[c] == path[-1] and tokens[c] == emitted[-1] for c in range(num_nodes)
         )
         met["cut"] += len(path) == max_tokens and max_tokens > 1
-        met["filtered"] += choice.temperature > 0 and choice.top_k + choice.min_p > 0 and choice.top_p < 1
+        met["filtered"] += (
+            choice.temperature > 0 and choice.top_k + choice.min_p > 0 and choice.top_p < 1
+        )
         met["penalised"] += choice.repetition_penalty != 1
-    assert met["close"] < case_count(30), met
+    assert met["close"] < case_count(75), met
     assert min(met[name] for name in met if name != "close") > 20, met
 
 
-def first_token(backend: _core.Backend, logits: list[float], choice: Choice, history: list[int] | None = None) -> int:
+def first_token(
+    backend: _core.Backend, logits: list[float], choice: Choice, history: list[int] | None = None
+) -> int:
     history = history or []
     row = np.float32([logits])
     _, (token,) = _core.ops.verify(backend, row, [0], [-1], params(choice), history=history)
     return token
 
 
-def drawn(backend: _core.Backend, logits: list[float], num_seeds: int = 400, **options: float) -> set[int]:
+def drawn(
+    backend: _core.Backend, logits: list[float], num_seeds: int = 400, **options: float
+) -> set[int]:
     """The tokens that many seeds give."""
     return {first_token(backend, logits, Choice(seed=seed, **options)) for seed in range(num_seeds)}
 
@@ -200,9 +240,17 @@ def test_top_k_keeps_exactly_k_and_ties_go_to_lower_ids(backend: _core.Backend) 
 
 
 def test_top_p_borders_are_exact(backend: _core.Backend) -> None:
-    """Equal logits have equal integer masses: an id is kept while the mass strictly before it is below the share."""
+    """Equal logits have equal integer masses: an id is kept while the mass strictly before it is
+    below the share.
+    """
     four = [0.0, 0.0, 0.0, 0.0]
-    for top_p, kept in [(0.25, {0}), (0.2500001, {0, 1}), (0.5, {0, 1}), (0.75, {0, 1, 2}), (0.7500001, {0, 1, 2, 3})]:
+    for top_p, kept in [
+        (0.25, {0}),
+        (0.2500001, {0, 1}),
+        (0.5, {0, 1}),
+        (0.75, {0, 1, 2}),
+        (0.7500001, {0, 1, 2, 3}),
+    ]:
         assert drawn(backend, four, temperature=1.0, top_p=top_p) == kept, top_p
     assert drawn(backend, [0, 5, 0, 5], temperature=1.0, top_p=1e-9) == {1}
     # The total is that of the ids that passed top-k: of two, half is the first.
@@ -228,13 +276,14 @@ def test_repetition_penalty_counts_prompt_root_and_path_once(backend: _core.Back
     assert first_token(backend, [0, 4, 3, 1], choice) == 1
     assert first_token(backend, [0, 4, 3, 1], choice, history=[1]) == 2
     assert first_token(backend, [0, 4, 1.9, 1], choice, history=[1, 1, 1]) == 1  # 4 / 2, once
-    assert first_token(backend, [-9, -1, -1.5, -9], choice, history=[1]) == 2  # negative: times, not over
+    assert (
+        first_token(backend, [-9, -1, -1.5, -9], choice, history=[1]) == 2
+    )  # negative: times, not over
     assert first_token(backend, [4, 3, 1, 1], choice) == 1  # the root itself is token 0
-    # Root 3, then 1, then 1 again is penalised by the path.
     logits = np.float32([[0, 4, 3, 0], [0, 4, 3, 0], [0, 4, 3.5, 3.4]])
     got = _core.ops.verify(backend, logits, [3, 1, 2], [-1, 0, 1], params(choice))
-    assert [list(x) for x in got] == [[0, 1, 2], [1, 2, 3]] or [list(x) for x in got] == [[0, 1, 2], [1, 2, 1]]
-    assert list(got[1])[2] == 1  # 4 / 2 = 2 against 3.5 / 2 and 3.4 / 2
+    # At the last node 4 / 2, 3.5 / 2 and 3.4 / 2: root, 1 and 2 are all penalised.
+    assert [list(part) for part in got] == [[0, 1, 2], [1, 2, 1]]
 
 
 def test_an_end_inside_a_path_cuts_it(backend: _core.Backend) -> None:
@@ -252,7 +301,9 @@ def test_an_end_inside_a_path_cuts_it(backend: _core.Backend) -> None:
         ([3], 2, [1, 2]),
         ([], 1, [1]),
     ]:
-        got = _core.ops.verify(backend, logits, *chain, params(Choice()), eos_ids=eos, max_tokens=max_tokens)
+        got = _core.ops.verify(
+            backend, logits, *chain, params(Choice()), eos_ids=eos, max_tokens=max_tokens
+        )
         assert (list(got[0]), list(got[1])) == (list(range(len(want))), want)
 
 
@@ -269,14 +320,21 @@ def test_token_zero_everywhere(backend: _core.Backend) -> None:
 
 
 def test_choice_does_not_depend_on_the_tree(backend: _core.Backend) -> None:
-    """The token at a place is the same whether the node is a root, a leaf or deep, and whatever its siblings."""
+    """The token at a place is the same whether the node is a root, a leaf or deep, and whatever its
+    siblings.
+    """
     rng = np.random.default_rng(5)
     logits = normal(rng, 4, 50)
     choice = Choice(temperature=1.2, seed=11, repetition_penalty=1.1, top_p=0.95)
     history, text, alone = [3, 4, 5], [6], []
     for row in range(4):
         _, (token,) = _core.ops.verify(
-            backend, logits[row : row + 1], [text[-1]], [-1], params(choice), history=history + text[:-1]
+            backend,
+            logits[row : row + 1],
+            [text[-1]],
+            [-1],
+            params(choice),
+            history=history + text[:-1],
         )
         alone.append(token)
         text.append(token)
@@ -284,7 +342,9 @@ def test_choice_does_not_depend_on_the_tree(backend: _core.Backend) -> None:
     tokens = [6, wrong[0], alone[0], wrong[1], alone[1], alone[2], wrong[2]]
     parents = [-1, 0, 0, 2, 2, 4, 4]
     rows = logits[[0, 3, 1, 0, 2, 3, 0]]
-    path, emitted = _core.ops.verify(backend, rows, tokens, parents, params(choice), history=history)
+    path, emitted = _core.ops.verify(
+        backend, rows, tokens, parents, params(choice), history=history
+    )
     assert (list(path), list(emitted)) == ([0, 2, 4, 5], alone)
 
 
@@ -337,7 +397,7 @@ LAWS = [
 
 
 def exact_law(logits: np.ndarray, seen: set[int], choice: Choice) -> np.ndarray:
-    y = reference.penalise(logits, seen, choice.repetition_penalty) / choice.temperature
+    y = reference.tempered(logits, seen, choice.repetition_penalty, choice.temperature)
     ids = reference.kept(y, choice.top_k, choice.top_p, choice.min_p)
     p = np.zeros(len(logits))
     p[ids] = np.exp(y[ids] - y[ids].max())
@@ -345,20 +405,29 @@ def exact_law(logits: np.ndarray, seen: set[int], choice: Choice) -> np.ndarray:
 
 
 def chi_square(counts: np.ndarray, law: np.ndarray) -> float:
-    """The level at which the counts would be refused; impossible outcomes refuse at once."""
+    """The level at which the counts would be refused; outcomes expected fewer than 5 times are
+    pooled.
+    """
     counts, law = counts.reshape(-1), law.reshape(-1)
     assert (counts[law == 0] == 0).all(), "a token that the filters drop was emitted"
-    expected = law[law > 0] * counts.sum()
-    assert expected.min() > 5, "too few draws for this test"
-    return float(stats.chisquare(counts[law > 0], expected).pvalue)
+    order = np.argsort(law)
+    counts, expected = counts[order], law[order] * counts.sum()
+    pooled = max(int(np.searchsorted(np.cumsum(expected), 5)) + 1, int(np.sum(expected < 5)))
+    cells = [np.append(x[pooled:], x[:pooled].sum()) for x in (counts, expected)]
+    assert len(cells[0]) > 1
+    return float(stats.chisquare(*cells).pvalue)
 
 
 @pytest.mark.parametrize("choice", LAWS, ids=range(len(LAWS)))
 @pytest.mark.parametrize("vary", ["seed", "sample_index", "position"])
-def test_law_of_two_tokens(backend: _core.Backend, choice: Choice, vary: str, case_count: Callable[[int], int]) -> None:
-    """First and second token jointly, drawn through trees that hold some continuations and not others.
+def test_law_of_two_tokens(
+    backend: _core.Backend, choice: Choice, vary: str, case_count: Callable[[int], int]
+) -> None:
+    """First and second token jointly, drawn through trees that hold some continuations and not
+    others.
 
-    Fixed seeds, so the test is deterministic; each of its statistics is asked to pass at the level 1e-4.
+    Fixed seeds, so the test is deterministic; each of its statistics is asked to pass at the level
+    1e-4.
     """
     rng = np.random.default_rng(3)
     first, second = normal(rng, VOCAB), normal(rng, VOCAB, VOCAB)
@@ -384,11 +453,7 @@ def test_law_of_two_tokens(backend: _core.Backend, choice: Choice, vary: str, ca
     law = np.stack([first_law[a] * exact_law(second[a], {root, a}, choice) for a in range(VOCAB)])
     assert accepted > 500
     assert chi_square(counts.sum(axis=1), first_law) > 1e-4
-    keep = law * counts.sum() > 5  # rarer outcomes are pooled into one cell
-    pooled = np.append(counts[keep], counts[~keep & (law > 0)].sum())
-    pooled_law = np.append(law[keep], law[~keep & (law > 0)].sum())
-    assert counts[law == 0].sum() == 0
-    assert chi_square(pooled, pooled_law) > 1e-4
+    assert chi_square(counts, law) > 1e-4
 
 
 def test_law_over_many_ids(backend: _core.Backend, case_count: Callable[[int], int]) -> None:
@@ -397,10 +462,10 @@ def test_law_over_many_ids(backend: _core.Backend, case_count: Callable[[int], i
     logits = normal(rng, 1, 1003, scale=3)
     counts = np.zeros(1003)
     for seed in range(case_count(20_000)):
-        _, (token,) = _core.ops.verify(backend, logits, [0], [-1], _core.SamplingParams(temperature=1.0, seed=seed))
+        _, (token,) = _core.ops.verify(
+            backend, logits, [0], [-1], _core.SamplingParams(temperature=1.0, seed=seed)
+        )
         counts[token] += 1
     law = exact_law(logits[0], set(), Choice(temperature=1.0))
-    keep = law * counts.sum() > 5
-    pooled = np.append(counts[keep], counts[~keep].sum())
-    assert keep.sum() > 50
-    assert chi_square(pooled, np.append(law[keep], law[~keep].sum())) > 1e-4
+    assert np.sum(counts > 5) > 50
+    assert chi_square(counts, law) > 1e-4

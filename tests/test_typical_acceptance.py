@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import reference
 from medusa_ext import _core
 from util import normal, path_to, random_node_tokens, random_parents
 
 
 def typical(temperature: float, epsilon: float, delta: float) -> _core.SamplingParams:
-    return _core.SamplingParams(temperature=temperature, acceptance="typical", epsilon=epsilon, delta=delta)
+    return _core.SamplingParams(
+        temperature=temperature, acceptance="typical", epsilon=epsilon, delta=delta
+    )
 
 
 def test_published_cases(backend: _core.Backend, shared_dir: Path) -> None:
@@ -47,7 +50,9 @@ def test_random_cases(backend: _core.Backend, case_count: Callable[[int], int]) 
         temperature = float(np.float32(rng.choice([0, 0.5, 0.7, 1, 2])))
         epsilon, delta = float(rng.choice([0.01, 0.09, 0.3])), float(rng.choice([0.1, 0.3, 0.6]))
         want = reference.typical(logits, tokens, parents, temperature, epsilon, delta)
-        path, emitted = _core.ops.verify(backend, logits, tokens, parents, typical(temperature, epsilon, delta))
+        path, emitted = _core.ops.verify(
+            backend, logits, tokens, parents, typical(temperature, epsilon, delta)
+        )
         assert list(path) == want, seed
         assert list(emitted) == [tokens[v] for v in want[1:]] + [int(np.argmax(logits[want[-1]]))]
         deep += len(want) > 3
@@ -59,7 +64,12 @@ def test_ends_and_limits_cut_the_path(backend: _core.Backend) -> None:
     logits = np.zeros((4, 5), np.float32)
     logits[[0, 1, 2, 3], [1, 2, 3, 4]] = 9
     params = typical(1.0, 0.09, 0.3)
-    for eos, max_tokens, want in [([], 9, [1, 2, 3, 4]), ([2], 9, [1, 2]), ([], 2, [1, 2]), ([4], 9, [1, 2, 3, 4])]:
+    for eos, max_tokens, want in [
+        ([], 9, [1, 2, 3, 4]),
+        ([2], 9, [1, 2]),
+        ([], 2, [1, 2]),
+        ([4], 9, [1, 2, 3, 4]),
+    ]:
         path, emitted = _core.ops.verify(
             backend, logits, [0, 1, 2, 3], [-1, 0, 1, 2], params, eos_ids=eos, max_tokens=max_tokens
         )

@@ -51,8 +51,14 @@ int64_t Workspace::num_bytes() const {
 class Pass {
  public:
   Pass(const Model& model, KvCache& cache, const PassInput& input, Workspace& workspace)
-      : model_(model), config_(model.config), ops_(*model.backend), cache_(cache), input_(input),
-        ws_(workspace), rows_(input.rows.num_rows), act_(ops_.activation_dtype(model.dtype)) {
+      : model_(model),
+        config_(model.config),
+        ops_(*model.backend),
+        cache_(cache),
+        input_(input),
+        ws_(workspace),
+        rows_(input.rows.num_rows),
+        act_(ops_.activation_dtype(model.dtype)) {
     MEDUSA_CHECK_INTERNAL(rows_ > 0 && rows_ <= ws_.max_rows(), "forward: ", rows_,
                           " rows, workspace for ", ws_.max_rows());
     MEDUSA_CHECK_INTERNAL(static_cast<int>(input.logit_rows.size()) <= ws_.max_logit_rows(),

@@ -1,4 +1,5 @@
-// One pass of the model over ragged rows, in the ops of Backend: the same function for every backend.
+// One pass of the model over ragged rows, in the ops of Backend: the same function for every
+// backend.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -11,7 +12,8 @@
 
 namespace medusa {
 
-// Activations of one pass, sized once for the most rows a step takes. Untouched parts cost no memory.
+// Activations of one pass, sized once for the most rows a step takes. Untouched parts cost no
+// memory.
 class Workspace {
  public:
   // max_logit_rows <= max_rows: rows whose logits are wanted.
@@ -43,7 +45,8 @@ struct PassOutput {
   TensorView logits;  // [logit_rows, V] f32
 };
 
-// K and V of every row go to the cache; the views point into the workspace and last until the next pass.
+// K and V of every row go to the cache; the views point into the workspace and last until the next
+// pass.
 PassOutput forward(const Model& model, KvCache& cache, const PassInput& input,
                    Workspace& workspace);
 

@@ -1,5 +1,6 @@
 // A strict JSON reader and writer (RFC 8259): what ModelConfig and safetensors headers need, no
-// more. SPDX-License-Identifier: Apache-2.0
+// more.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// Medusa heads as a drafter: only the last accepted node's hidden row is read, every head's candidates fill a static tree.
-// Source: Medusa, arXiv:2401.10774.
+// Medusa heads as a drafter: only the last accepted node's hidden row is read, every head's
+// candidates fill a static tree. Source: Medusa, arXiv:2401.10774.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cstring>
@@ -97,8 +97,9 @@ class MedusaDrafter final : public Drafter {
         ops_.residual_silu(update, state, copy);
       }
       if (weights.lm_head) {
-        ops_.linear(copy, *weights.lm_head, TensorView(), false,
-                    TensorView(logits + head * batch * head_vocab_, DType::f32, batch, head_vocab_));
+        ops_.linear(
+            copy, *weights.lm_head, TensorView(), false,
+            TensorView(logits + head * batch * head_vocab_, DType::f32, batch, head_vocab_));
       }
     }
     if (model_->config.heads.shared_lm_head) {
@@ -115,15 +116,17 @@ class MedusaDrafter final : public Drafter {
     }
   }
 
-  // At temperature > 0, ranks candidates by log q + G with the noise that will choose the token at that position.
+  // At temperature > 0, ranks candidates by log q + G with the noise that will choose the token at
+  // that position.
   void couple(const DraftInput& input, int depth, int32_t* ids, float* values, int width) {
     const SamplingParams& sampling = *input.sampling;
     if (sampling.temperature <= 0.0f || sampling.acceptance == Acceptance::typical) return;
-    const auto position = static_cast<uint32_t>(input.tokens.size()) - 1 + static_cast<uint32_t>(depth);
+    const auto position =
+        static_cast<uint32_t>(input.tokens.size()) - 1 + static_cast<uint32_t>(depth);
     std::vector<std::pair<float, int32_t>> ranked;
     for (int i = 0; i < width; ++i) {
-      const uint32_t word = noise_word(sampling.seed, sampling.sample_index, position,
-                                       static_cast<uint32_t>(ids[i]));
+      const uint32_t word =
+          noise_word(sampling.seed, sampling.sample_index, position, static_cast<uint32_t>(ids[i]));
       ranked.emplace_back(values[i] / sampling.temperature + gumbel_from_bits(word), ids[i]);
     }
     std::stable_sort(ranked.begin(), ranked.end(),

@@ -28,7 +28,9 @@ void PagePool::release(int page) {
 
 int common_prefix(std::span<const int32_t> a, std::span<const int32_t> b) {
   const size_t limit = std::min(a.size(), b.size());
-  return static_cast<int>(std::mismatch(a.begin(), a.begin() + static_cast<int64_t>(limit), b.begin()).first - a.begin());
+  return static_cast<int>(
+      std::mismatch(a.begin(), a.begin() + static_cast<int64_t>(limit), b.begin()).first -
+      a.begin());
 }
 
 void PrefixCache::keep(CachedText text) {

@@ -1,4 +1,5 @@
-// Pages of the KV cache: the free list, reference counts, and the texts whose pages are kept for reuse.
+// Pages of the KV cache: the free list, reference counts, and the texts whose pages are kept for
+// reuse.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -38,7 +39,7 @@ class PrefixCache {
   void keep(CachedText text);
   // The kept text with the longest common prefix, marked as used; null when none shares a token.
   const CachedText* find(std::span<const int32_t> tokens, int rope_length);
-  bool drop_oldest();  // false: nothing kept
+  bool drop_oldest();     // false: nothing kept
   int num_pages() const;  // that nobody else uses, so that dropping everything frees them
 
  private:

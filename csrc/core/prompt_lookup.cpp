@@ -1,5 +1,6 @@
-// Prompt lookup: the text so far proposes its own continuation. Runs on the host and needs no weights.
-// Source: A. Saxena, Prompt Lookup Decoding, 2023 (also transformers' prompt_lookup_num_tokens).
+// Prompt lookup: the text so far proposes its own continuation. Runs on the host and needs no
+// weights. Source: A. Saxena, Prompt Lookup Decoding, 2023 (also transformers'
+// prompt_lookup_num_tokens).
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <vector>
@@ -25,7 +26,8 @@ class PromptLookupDrafter final : public Drafter {
     int next;    // index of the token that followed
   };
 
-  // Earlier places where the last tokens of the text stand, the longest first, then the most recent.
+  // Earlier places where the last tokens of the text stand, the longest first, then the most
+  // recent.
   std::vector<Match> matches(std::span<const int32_t> text) const {
     std::vector<Match> found;
     const int last = static_cast<int>(text.size()) - 1;

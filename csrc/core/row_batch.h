@@ -15,7 +15,8 @@ class RowBatch {
  public:
   int num_rows() const { return static_cast<int>(token_.size()); }
 
-  // Tokens of a prompt at positions start, start + 1, ...; prompt_len: of the request, for dynamic RoPE scaling.
+  // Tokens of a prompt at positions start, start + 1, ...; prompt_len: of the request, for dynamic
+  // RoPE scaling.
   void add_chunk(int sequence, int prompt_len, std::span<const int32_t> tokens, int start) {
     for (size_t i = 0; i < tokens.size(); ++i) {
       const int position = start + static_cast<int>(i);
@@ -23,12 +24,13 @@ class RowBatch {
     }
   }
 
-  // A tree whose root stands at position `len`, the number of tokens in the cache. Returns the root's row.
+  // A tree whose root stands at position `len`, the number of tokens in the cache. Returns the
+  // root's row.
   int add_tree(int sequence, int prompt_len, const DraftTree& tree, int len) {
     const int first = num_rows();
     for (int node = 0; node < tree.num_nodes(); ++node) {
-      add(tree.token(node), sequence, len + tree.depth(node), len + node, len,
-          tree.ancestors(node), prompt_len);
+      add(tree.token(node), sequence, len + tree.depth(node), len + node, len, tree.ancestors(node),
+          prompt_len);
     }
     return first;
   }

@@ -8,12 +8,17 @@
 namespace medusa {
 
 Scheduler::Scheduler(const Model& model, const SessionOptions& options, int max_nodes, bool reuse)
-    : model_(model), options_(options), max_nodes_(max_nodes), reuse_(reuse),
-      pool_(pages_for(options.cache_tokens)), kept_(pool_) {
+    : model_(model),
+      options_(options),
+      max_nodes_(max_nodes),
+      reuse_(reuse),
+      pool_(pages_for(options.cache_tokens)),
+      kept_(pool_) {
   cache_ = model.backend->make_kv_cache(model.kv_shape(pool_.num_pages()));
   // A tree's slots may pass the context's end though its positions do not.
   cache_.max_pages = pages_for(int64_t{options.max_context} + kMaxTreeNodes);
-  page_table_.assign(static_cast<size_t>(options.max_batch) * static_cast<size_t>(cache_.max_pages), 0);
+  page_table_.assign(static_cast<size_t>(options.max_batch) * static_cast<size_t>(cache_.max_pages),
+                     0);
   cache_.page_table = page_table_.data();
   for (int line = options.max_batch - 1; line >= 0; --line) free_lines_.push_back(line);
 }
@@ -55,7 +60,8 @@ void Scheduler::admit() {
       // What the active ones still need for their texts, and a page each to grow.
       int64_t available = pool_.num_free() + kept_.num_pages();
       for (const auto& sequence : active_) {
-        available -= std::max(0, pages_wanted(*sequence) - static_cast<int>(sequence->pages.size())) + 1;
+        available -=
+            std::max(0, pages_wanted(*sequence) - static_cast<int>(sequence->pages.size())) + 1;
       }
       if (pages_wanted(*waiting_.front()) > available) return;
     }
@@ -132,7 +138,8 @@ void Scheduler::release(Sequence& sequence) {
   }
   if (reuse_ && sequence.len > 0) {
     kept_.keep({{sequence.tokens.begin(), sequence.tokens.begin() + sequence.len},
-                std::move(sequence.pages), rope_length(sequence)});
+                std::move(sequence.pages),
+                rope_length(sequence)});
   } else {
     for (const int page : sequence.pages) pool_.release(page);
   }

@@ -26,9 +26,9 @@ struct Sequence {
   Clock::time_point start{}, first_token{};
 
   // While it runs.
-  int line = -1;           // of the page table
-  int len = 0;             // tokens whose K and V are in the cache
-  std::vector<int> pages;  // in order; those past the first len / 64 are nobody else's
+  int line = -1;              // of the page table
+  int len = 0;                // tokens whose K and V are in the cache
+  std::vector<int> pages;     // in order; those past the first len / 64 are nobody else's
   std::vector<float> hidden;  // [d] of the last accepted node; empty after a start or a set-back
 
   // This step's share: `chunk` tokens of the text, then the tree if that brings it to the root.
@@ -50,8 +50,9 @@ class Scheduler {
   void enqueue(std::unique_ptr<Sequence> sequence) { waiting_.push_back(std::move(sequence)); }
   std::unique_ptr<Sequence> remove(int64_t id);  // waiting or active; its pages are kept for reuse
   void admit();                                  // starts what fits, in order of arrival
-  void share_out();                              // gives each active sequence its chunk of this step's rows
-  // Gives every sequence pages for its chunk and tree; trees are cut and the youngest set back where they run out.
+  void share_out();                              // each active sequence's chunk of this step's rows
+  // Gives every sequence pages for its chunk and tree; trees are cut and the youngest set back
+  // where they run out.
   void commit_pages();
 
   std::vector<std::unique_ptr<Sequence>>& active() { return active_; }  // oldest first

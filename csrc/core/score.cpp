@@ -34,7 +34,8 @@ void score(const Model& model, std::span<const int32_t> tokens, int chunk, float
   for (int start = 0; start < num_tokens; start += max_rows) {
     const int n = std::min(max_rows, num_tokens - start);
     RowBatch rows;
-    rows.add_chunk(0, num_tokens, tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(n)), start);
+    rows.add_chunk(0, num_tokens,
+                   tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(n)), start);
     PassInput input = rows.pass_input();
     for (int i = 0; i < n; ++i) input.hidden_rows.push_back(i);
     if (logits) input.logit_rows = input.hidden_rows;

@@ -23,29 +23,30 @@ SessionOptions checked(SessionOptions options, const Model& model) {
                    " (the model's)");
   MEDUSA_CHECK_ARG(options.max_batch >= 1 && options.max_batch <= 1024, "max_batch is ",
                    options.max_batch, ", allowed is 1 to 1024");
-  MEDUSA_CHECK_ARG(options.prefill_chunk >= 1 && options.prefill_chunk <= 8192,
-                   "prefill_chunk is ", options.prefill_chunk, ", allowed is 1 to 8192");
+  MEDUSA_CHECK_ARG(options.prefill_chunk >= 1 && options.prefill_chunk <= 8192, "prefill_chunk is ",
+                   options.prefill_chunk, ", allowed is 1 to 8192");
   MEDUSA_CHECK_ARG(options.cache_tokens >= 0, "cache_tokens is ", options.cache_tokens,
                    ", allowed is 0 (automatic) or a positive number");
   constexpr int64_t kDefaultCacheTokens = 16384;
   if (options.cache_tokens == 0) {
-    options.cache_tokens = std::min(int64_t{options.max_batch} * options.max_context, kDefaultCacheTokens);
+    options.cache_tokens =
+        std::min(int64_t{options.max_batch} * options.max_context, kDefaultCacheTokens);
   }
   options.cache_tokens = std::max<int64_t>(options.cache_tokens, options.max_context);
   return options;
 }
 
-double seconds(Clock::duration duration) {
-  return std::chrono::duration<double>(duration).count();
-}
+double seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
 
 }  // namespace
 
 struct Session::State {
   State(std::shared_ptr<const Model> model_in, std::shared_ptr<Drafter> drafter_in,
         const SessionOptions& options_in)
-      : model(std::move(model_in)), drafter(std::move(drafter_in)),
-        options(checked(options_in, *model)), max_nodes(drafter ? drafter->max_nodes() : 1),
+      : model(std::move(model_in)),
+        drafter(std::move(drafter_in)),
+        options(checked(options_in, *model)),
+        max_nodes(drafter ? drafter->max_nodes() : 1),
         needs_commit(drafter && drafter->needs_commit()),
         // Hidden rows of reused tokens are gone, and such a drafter wants them all.
         scheduler(*model, options, max_nodes, !needs_commit),
@@ -219,9 +220,10 @@ void Session::State::run() {
     Sequence& sequence = *owned;
     const std::span<const int32_t> text = sequence.tokens;
     first_rows.push_back(rows.num_rows());
-    rows.add_chunk(sequence.line, sequence.prompt_len(),
-                   text.subspan(static_cast<size_t>(sequence.len), static_cast<size_t>(sequence.chunk)),
-                   sequence.len);
+    rows.add_chunk(
+        sequence.line, sequence.prompt_len(),
+        text.subspan(static_cast<size_t>(sequence.len), static_cast<size_t>(sequence.chunk)),
+        sequence.len);
     if (!sequence.has_tree) continue;
     const int root = rows.add_tree(sequence.line, sequence.prompt_len(), sequence.tree,
                                    sequence.len + sequence.chunk);
@@ -308,13 +310,15 @@ void Session::State::commit(Sequence& sequence, const float* hidden, std::vector
 
   const std::vector<int>& path = sequence.accepted.path;
   const auto accepted = static_cast<int>(path.size());
-  MEDUSA_CHECK_INTERNAL(accepted > 0 && path[0] == 0 && sequence.accepted.tokens.size() == path.size(),
-                        "session: a walk accepted ", accepted, " nodes and ",
-                        sequence.accepted.tokens.size(), " tokens");
+  MEDUSA_CHECK_INTERNAL(
+      accepted > 0 && path[0] == 0 && sequence.accepted.tokens.size() == path.size(),
+      "session: a walk accepted ", accepted, " nodes and ", sequence.accepted.tokens.size(),
+      " tokens");
   if (path.back() != accepted - 1) {
     moves.push_back({sequence.line, sequence.len, accepted, path.data()});
     for (int i = 0; i < accepted; ++i) {
-      if ((sequence.len + path[static_cast<size_t>(i)]) / kPageTokens != (sequence.len + i) / kPageTokens) {
+      if ((sequence.len + path[static_cast<size_t>(i)]) / kPageTokens !=
+          (sequence.len + i) / kPageTokens) {
         ++compactions_across_pages;
         break;
       }
@@ -325,7 +329,8 @@ void Session::State::commit(Sequence& sequence, const float* hidden, std::vector
   sequence.len += accepted;
 
   if (sequence.emitted() == 0) sequence.first_token = Clock::now();
-  sequence.tokens.insert(sequence.tokens.end(), sequence.accepted.tokens.begin(), sequence.accepted.tokens.end());
+  sequence.tokens.insert(sequence.tokens.end(), sequence.accepted.tokens.begin(),
+                         sequence.accepted.tokens.end());
   RequestStats& stats = sequence.stats;
   ++stats.steps;
   if (static_cast<int>(stats.accepted_lengths.size()) <= accepted) {

@@ -1,7 +1,8 @@
-// The only list of ops, and the only place an op's contract is written. The public method checks its arguments
-// (core/backend.cpp); the private do_ method computes. Ops run in call order on the backend's queue and never allocate
-// device memory; synchronize() waits for them. What every op promises: the bits of a row depend on that row's inputs alone, not on
-// the rows beside it, their number, the tree, the batch or the number of threads.
+// The only list of ops, and the only place an op's contract is written. The public method checks
+// its arguments (core/backend.cpp); the private do_ method computes. Ops run in call order on the
+// backend's queue and never allocate device memory; synchronize() waits for them. What every op
+// promises: the bits of a row depend on that row's inputs alone, not on the rows beside it, their
+// number, the tree, the batch or the number of threads.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -47,16 +48,16 @@ class Weight {
 };
 
 // R ragged rows of one step: chunks of prompts and trees of several sequences side by side.
-// Row r sees the slots [0, prefix_len) and the slots prefix_len + j for each bit j of its ancestors (itself included),
-// in that order; that order is the logical one: prefix_len + popcount(ancestors) == position + 1.
-// A row of a prompt chunk has slot == position, prefix_len == position + 1 and no ancestor bits.
-// Rows of one sequence are adjacent.
+// Row r sees the slots [0, prefix_len) and the slots prefix_len + j for each bit j of its ancestors
+// (itself included), in that order; that order is the logical one: prefix_len + popcount(ancestors)
+// == position + 1. A row of a prompt chunk has slot == position, prefix_len == position + 1 and no
+// ancestor bits. Rows of one sequence are adjacent.
 struct Rows {
   int num_rows = 0;
   const int32_t* token = nullptr;           // [R]
   const int32_t* sequence = nullptr;        // [R] line of the page table
   const int32_t* position = nullptr;        // [R] logical position
-  const int32_t* slot = nullptr;            // [R] where its K and V are written, in tokens from the sequence's start
+  const int32_t* slot = nullptr;            // [R] of its K and V, from the sequence's start
   const int32_t* prefix_len = nullptr;      // [R]
   const AncestorBits* ancestors = nullptr;  // [R]
 };
@@ -70,11 +71,12 @@ struct KvShape {
   }
 };
 
-// Paged cache [layer][K|V][page][kv_head][64 * D]; the order inside a (page, head) block is the backend's own.
+// Paged cache [layer][K|V][page][kv_head][64 * D]; the order inside a (page, head) block is the
+// backend's own.
 struct KvCache {
   KvShape shape;
   std::unique_ptr<Buffer> buffer;
-  const int32_t* page_table = nullptr;  // [sequences, max_pages] device; page of slot s is [sequence][s / 64]
+  const int32_t* page_table = nullptr;  // [sequences, max_pages]; slot s: [s / 64]
   int max_pages = 0;                    // per sequence
 };
 
@@ -104,7 +106,8 @@ class Backend {
   std::unique_ptr<Buffer> allocate(int64_t num_bytes);  // zero-filled, 64-byte aligned; OutOfMemory
   // An empty [N, K] matrix stored as `dtype`; fill every row with pack().
   std::unique_ptr<Weight> make_weight(int64_t num_outputs, int64_t num_inputs, DType dtype);
-  // Rows [first_output, first_output + src.size(0)) = src [n, K] (f32 | f16 | bf16, host), rounded to nearest even.
+  // Rows [first_output, first_output + src.size(0)) = src [n, K] (f32 | f16 | bf16, host), rounded
+  // to nearest even.
   void pack(Weight& weight, int64_t first_output, TensorView src);
   KvCache make_kv_cache(const KvShape& shape);
   // Element type in which `linear` wants its input for this weight type: bf16 for bf16, else f32.
@@ -116,21 +119,27 @@ class Backend {
   // out [R, d] f32 | bf16 = x * rsqrt(mean(x^2) + eps) * gain.   x [R, d] f32, gain [d] f32
   void rms_norm(TensorView x, TensorView gain, float eps, TensorView out);
 
-  // out [R, N] f32 = (accumulate ? out : 0) + x W^T + bias.   x [R, K] activation_dtype(W), bias [N] f32 or null.
-  // One fixed order over K for every (row, output), whatever R is; f32 sums.
+  // out [R, N] f32 = (accumulate ? out : 0) + x W^T + bias.   x [R, K] activation_dtype(W), bias
+  // [N] f32 or null. One fixed order over K for every (row, output), whatever R is; f32 sums.
   void linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate, TensorView out);
 
-  // cos, sin [R, rotary_dim / 2] f32 at each row's position. prompt_len [R] i32 is read by dynamic scaling only.
-  void rope_table(const Rows& rows, const RopeConfig& rope, TensorView prompt_len, TensorView cos, TensorView sin);
+  // cos, sin [R, rotary_dim / 2] f32 at each row's position. prompt_len [R] i32 is read by dynamic
+  // scaling only.
+  void rope_table(const Rows& rows, const RopeConfig& rope, TensorView prompt_len, TensorView cos,
+                  TensorView sin);
 
-  // Splits qkv [R, (H + 2 Hkv) D] f32, norms q and k heads (gains [D] f32, or null), rotates them, writes q [R, H, D]
-  // (activation dtype of the cache's dtype) and puts K and V into the cache at each row's slot, rounded to the cache's dtype.
-  void rope_write(TensorView qkv, const Rows& rows, TensorView cos, TensorView sin, TensorView q_gain, TensorView k_gain,
-                  float eps, KvCache& cache, int layer, TensorView q);
+  // Splits qkv [R, (H + 2 Hkv) D] f32, norms q and k heads (gains [D] f32, or null), rotates them,
+  // writes q [R, H, D] (activation dtype of the cache's dtype) and puts K and V into the cache at
+  // each row's slot, rounded to the cache's dtype.
+  void rope_write(TensorView qkv, const Rows& rows, TensorView cos, TensorView sin,
+                  TensorView q_gain, TensorView k_gain, float eps, KvCache& cache, int layer,
+                  TensorView q);
 
   // Attention of each row over what it sees (struct Rows), scale * q.k, softmax and sums in f32.
-  // q [R, H, D] as rope_write left it; out [R, H, D] f32 | bf16. window: row at p sees positions > p - window; 0: all.
-  void tree_attention(TensorView q, const KvCache& cache, int layer, const Rows& rows, float scale, int window, TensorView out);
+  // q [R, H, D] as rope_write left it; out [R, H, D] f32 | bf16. window: row at p sees positions >
+  // p - window; 0: all.
+  void tree_attention(TensorView q, const KvCache& cache, int layer, const Rows& rows, float scale,
+                      int window, TensorView out);
 
   // out [R, F] f32 | bf16 = act(gate) * up.   gate_up [R, 2F] f32, gate first
   void gated_activation(TensorView gate_up, Activation activation, TensorView out);
@@ -141,10 +150,12 @@ class Backend {
   // out [n, d] = x[index[i], :], converting f32 to out's dtype (f32 | bf16).   index [n] i32
   void gather_rows(TensorView x, TensorView index, TensorView out);
 
-  // ids, values [R, k]: the k greatest of each row of x [R, V] f32, ties to the lower id, in falling order. k <= 256.
+  // ids, values [R, k]: the k greatest of each row of x [R, V] f32, ties to the lower id, in
+  // falling order. k <= 256.
   void top_k(TensorView x, TensorView ids, TensorView values);
 
-  // Walks each tree along the model's own choices (exact), or takes the deepest typical path. logits [N, V] f32; waits.
+  // Walks each tree along the model's own choices (exact), or takes the deepest typical path.
+  // logits [N, V] f32; waits.
   void verify(TensorView logits, std::span<const VerifyItem> items);
 
   // Accepted rows slide down to the end of the committed cache, all layers, K and V.
@@ -158,19 +169,22 @@ class Backend {
 
  protected:
   virtual std::unique_ptr<Buffer> do_allocate(int64_t num_bytes) = 0;
-  virtual std::unique_ptr<Weight> do_make_weight(int64_t num_outputs, int64_t num_inputs, DType dtype) = 0;
+  virtual std::unique_ptr<Weight> do_make_weight(int64_t num_outputs, int64_t num_inputs,
+                                                 DType dtype) = 0;
   virtual void do_pack(Weight& weight, int64_t first_output, TensorView src) = 0;
 
  private:
   virtual void do_embed(TensorView tokens, const Weight& weight, float scale, TensorView out) = 0;
   virtual void do_rms_norm(TensorView x, TensorView gain, float eps, TensorView out) = 0;
-  virtual void do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate, TensorView out) = 0;
-  virtual void do_rope_table(const Rows& rows, const RopeConfig& rope, TensorView prompt_len, TensorView cos,
-                             TensorView sin) = 0;
-  virtual void do_rope_write(TensorView qkv, const Rows& rows, TensorView cos, TensorView sin, TensorView q_gain,
-                             TensorView k_gain, float eps, KvCache& cache, int layer, TensorView q) = 0;
-  virtual void do_tree_attention(TensorView q, const KvCache& cache, int layer, const Rows& rows, float scale,
-                                 int window, TensorView out) = 0;
+  virtual void do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate,
+                         TensorView out) = 0;
+  virtual void do_rope_table(const Rows& rows, const RopeConfig& rope, TensorView prompt_len,
+                             TensorView cos, TensorView sin) = 0;
+  virtual void do_rope_write(TensorView qkv, const Rows& rows, TensorView cos, TensorView sin,
+                             TensorView q_gain, TensorView k_gain, float eps, KvCache& cache,
+                             int layer, TensorView q) = 0;
+  virtual void do_tree_attention(TensorView q, const KvCache& cache, int layer, const Rows& rows,
+                                 float scale, int window, TensorView out) = 0;
   virtual void do_gated_activation(TensorView gate_up, Activation activation, TensorView out) = 0;
   virtual void do_residual_silu(TensorView y, TensorView u, TensorView copy) = 0;
   virtual void do_gather_rows(TensorView x, TensorView index, TensorView out) = 0;
@@ -178,7 +192,8 @@ class Backend {
   virtual void do_verify(TensorView logits, std::span<const VerifyItem> items) = 0;
   virtual void do_compact_kv(KvCache& cache, std::span<const KvMove> moves) = 0;
   virtual void do_copy_page(KvCache& cache, int src, int dst, int num_tokens) = 0;
-  virtual void do_read_kv(const KvCache& cache, int layer, int sequence, int slot, float* k, float* v) = 0;
+  virtual void do_read_kv(const KvCache& cache, int layer, int sequence, int slot, float* k,
+                          float* v) = 0;
 };
 
 struct BackendOptions {

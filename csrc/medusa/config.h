@@ -1,4 +1,5 @@
-// What a model is, in data: the canonical form that loaders produce and C++ reads. No model families here.
+// What a model is, in data: the canonical form that loaders produce and C++ reads. No model
+// families here.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -12,9 +13,10 @@ namespace medusa {
 
 enum class Activation : uint8_t { silu, gelu, gelu_tanh };
 
-// Rotary embedding: angle of pair i at position p is p * inv_freq[i], cos and sin times `attention_scaling`.
-// `linear`, `llama3` and `yarn` scaling are baked into inv_freq by the loader. `dynamic` (dynamic_factor > 0)
-// replaces inv_freq where n = max(prompt length, position + 1) exceeds original_context, by
+// Rotary embedding: angle of pair i at position p is p * inv_freq[i], cos and sin times
+// `attention_scaling`. `linear`, `llama3` and `yarn` scaling are baked into inv_freq by the loader.
+// `dynamic` (dynamic_factor > 0) replaces inv_freq where n = max(prompt length, position + 1)
+// exceeds original_context, by
 //   base' = base * (factor * n / original - (factor - 1)) ^ (rotary_dim / (rotary_dim - 2)).
 struct RopeConfig {
   std::vector<float> inv_freq;  // [rotary_dim / 2]; pairs are (i, i + rotary_dim / 2)
@@ -29,13 +31,14 @@ struct RopeConfig {
   void check(int head_dim) const;
 };
 
-// Medusa heads: logits_h = W_h u_L, u_0 = x, u_{l+1} = u_l + silu(A_{h,l} u_l + b_{h,l}); x is the hidden state
-// after the final norm. Head h at position t predicts the token at t + 2 + h.
+// Medusa heads: logits_h = W_h u_L, u_0 = x, u_{l+1} = u_l + silu(A_{h,l} u_l + b_{h,l}); x is the
+// hidden state after the final norm. Head h at position t predicts the token at t + 2 + h.
 struct HeadsConfig {
   int num_heads = 0;  // 0: the model has none
   int num_layers = 0;
   bool shared_lm_head = true;  // W_h is the base model's lm_head; nothing is stored
-  int head_vocab = 0;          // rows of each own W_h; below vocab_size the tensor heads.token_map names their ids
+  // Rows of each own W_h; below vocab_size the tensor heads.token_map names their ids.
+  int head_vocab = 0;
 };
 
 struct ModelConfig {
@@ -54,7 +57,8 @@ struct ModelConfig {
   RopeConfig rope;
   HeadsConfig heads;
 
-  // JSON object with exactly these names; unknown or missing keys, wrong types and impossible values are ArgumentErrors.
+  // JSON object with exactly these names; unknown or missing keys, wrong types and impossible
+  // values are ArgumentErrors.
   static ModelConfig from_json(const std::string& text);
   std::string to_json() const;
   void check() const;

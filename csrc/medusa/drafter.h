@@ -14,7 +14,7 @@ namespace medusa {
 struct DraftInput {
   int64_t request = 0;              // id that submit() returned
   std::span<const int32_t> tokens;  // prompt and all emitted tokens; the last one is the root
-  const float* hidden = nullptr;    // [d] after the final norm, of the last accepted node; null before the first step
+  const float* hidden = nullptr;    // [d] final norm of the last accepted node; null at first
   int max_nodes = 1;                // root included
   int max_depth = 0;                // deeper nodes could not be used (context or max_new_tokens)
   const SamplingParams* sampling = nullptr;
@@ -24,10 +24,12 @@ struct DraftInput {
 class Drafter {
  public:
   virtual ~Drafter() = default;
-  // trees[i] is reset to the root of inputs[i]; adds at most max_nodes - 1 nodes. Guesses never change the output.
+  // trees[i] is reset to the root of inputs[i]; adds at most max_nodes - 1 nodes. Guesses never
+  // change the output.
   virtual void draft(std::span<const DraftInput> inputs, std::span<DraftTree> trees) = 0;
-  // If needs_commit(): tokens that joined the text, prompt included, in order, and their hidden rows [n, d]. `start` is
-  // the first one's index in the text; one before the end of what came earlier means: go back there (a set-back).
+  // If needs_commit(): tokens that joined the text, prompt included, in order, and their hidden
+  // rows [n, d]. `start` is the first one's index in the text; one before the end of what came
+  // earlier means: go back there (a set-back).
   virtual bool needs_commit() const { return false; }
   virtual void on_commit(int64_t /*request*/, int /*start*/, std::span<const int32_t> /*tokens*/,
                          const float* /*hidden*/) {}

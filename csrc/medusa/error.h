@@ -1,4 +1,5 @@
-// Errors of the public API, and the checks that throw them. Messages state op or field, got, wanted.
+// Errors of the public API, and the checks that throw them. Messages state op or field, got,
+// wanted.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -46,12 +47,12 @@ std::string concat(const Parts&... parts) {
 
 }  // namespace medusa
 
-#define MEDUSA_CHECK_ARG(condition, ...)                                      \
-  do {                                                                        \
+#define MEDUSA_CHECK_ARG(condition, ...)                                            \
+  do {                                                                              \
     if (!(condition)) throw ::medusa::ArgumentError(::medusa::concat(__VA_ARGS__)); \
   } while (false)
 
-#define MEDUSA_CHECK_INTERNAL(condition, ...)                                      \
-  do {                                                                             \
+#define MEDUSA_CHECK_INTERNAL(condition, ...)                                       \
+  do {                                                                              \
     if (!(condition)) throw ::medusa::InternalError(::medusa::concat(__VA_ARGS__)); \
   } while (false)

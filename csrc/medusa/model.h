@@ -1,4 +1,5 @@
-// A loaded model: configuration and weights in the backend's layout, with its Medusa heads if it has any.
+// A loaded model: configuration and weights in the backend's layout, with its Medusa heads if it
+// has any.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -13,8 +14,9 @@
 namespace medusa {
 
 struct Layer {
-  std::unique_ptr<Buffer> attn_norm, mlp_norm, q_norm, k_norm;        // f32 gains; q_norm, k_norm may be null
-  std::unique_ptr<Buffer> qkv_bias, o_bias, gate_up_bias, down_bias;  // f32; null where the model has none
+  // f32; null where the model has none.
+  std::unique_ptr<Buffer> attn_norm, mlp_norm, q_norm, k_norm;
+  std::unique_ptr<Buffer> qkv_bias, o_bias, gate_up_bias, down_bias;
   std::unique_ptr<Weight> qkv, o, gate_up, down;
 };
 
@@ -32,7 +34,7 @@ struct Model {
   std::unique_ptr<Buffer> final_norm;
   std::vector<Layer> layers;
   std::vector<Head> heads;
-  std::vector<int32_t> token_map;  // [head_vocab] vocabulary ids of the heads' rows; empty: the identity
+  std::vector<int32_t> token_map;  // [head_vocab] ids of the heads' rows; empty: the identity
 
   const Weight& output() const { return lm_head ? *lm_head : *embedding; }
   int64_t weight_bytes() const;  // resident
@@ -44,22 +46,25 @@ struct TensorSpec {
   std::vector<int64_t> shape;
 };
 
-// Takes tensors one at a time, in any order, and packs each at once, so that no second copy of the weights exists.
+// Takes tensors one at a time, in any order, and packs each at once, so that no second copy of the
+// weights exists.
 //   embed_tokens.weight [V, d]   norm.weight [d]   lm_head.weight [V, d] (absent where tied)
 //   layers.{i}.attn_norm.weight, layers.{i}.mlp_norm.weight [d]
-//   layers.{i}.{q,k,v}_proj.weight [H D | Hkv D, d] (.bias)   layers.{i}.o_proj.weight [d, H D] (.bias)
-//   layers.{i}.{q,k}_norm.weight [D]
+//   layers.{i}.{q,k,v}_proj.weight [H D | Hkv D, d] (.bias)   layers.{i}.{q,k}_norm.weight [D]
+//   layers.{i}.o_proj.weight [d, H D] (.bias)
 //   layers.{i}.{gate,up}_proj.weight [F, d] (.bias)   layers.{i}.down_proj.weight [d, F] (.bias)
-//   heads.{h}.{l}.weight [d, d], heads.{h}.{l}.bias [d]   heads.{h}.lm_head.weight [head_vocab, d] (absent where shared)
+//   heads.{h}.{l}.weight [d, d], heads.{h}.{l}.bias [d]
+//   heads.{h}.lm_head.weight [head_vocab, d] (absent where shared)
 //   heads.token_map [head_vocab] i32 (only where head_vocab < V)
 class ModelBuilder {
  public:
   ModelBuilder(ModelConfig config, DType dtype, std::shared_ptr<Backend> backend);
   ~ModelBuilder();
-  // ArgumentError names the tensor: unknown, given twice, wrong shape (found and wanted), wrong dtype.
+  // ArgumentError names the tensor: unknown, given twice, wrong shape (found and wanted), wrong
+  // dtype.
   void add(const std::string& name, TensorView tensor);
   std::vector<TensorSpec> missing() const;  // what add() still waits for, by name
-  std::unique_ptr<Model> finish();  // ArgumentError names every missing tensor
+  std::unique_ptr<Model> finish();          // ArgumentError names every missing tensor
 
  private:
   struct Slot;
@@ -67,11 +72,14 @@ class ModelBuilder {
   std::unique_ptr<State> state_;
 };
 
-// The one file that `medusa-ext export` writes: safetensors with the tensors above and, in its metadata, the keys
-// "medusa_ext.format" ("1"), "medusa_ext.config" (ModelConfig as JSON); further keys are the tokenizer's and ignored here.
-std::unique_ptr<Model> load_model(const std::string& path, DType dtype, std::shared_ptr<Backend> backend);
+// The one file that `medusa-ext export` writes: safetensors with the tensors above and, in its
+// metadata, the keys "medusa_ext.format" ("1"), "medusa_ext.config" (ModelConfig as JSON); further
+// keys are the tokenizer's and ignored here.
+std::unique_ptr<Model> load_model(const std::string& path, DType dtype,
+                                  std::shared_ptr<Backend> backend);
 
 // Random weights of this shape, for benchmarks.
-std::unique_ptr<Model> random_model(const ModelConfig& config, DType dtype, uint64_t seed, std::shared_ptr<Backend> backend);
+std::unique_ptr<Model> random_model(const ModelConfig& config, DType dtype, uint64_t seed,
+                                    std::shared_ptr<Backend> backend);
 
 }  // namespace medusa

@@ -1,9 +1,12 @@
-// The random numbers and the three functions (exp, log, Gumbel noise) that decide a token. Every backend computes them
-// from this file, in f32 with explicit fma, so that CPU and CUDA agree bit for bit. Host and device code, no state.
+// The random numbers and the three functions (exp, log, Gumbel noise) that decide a token. Every
+// backend computes them from this file, in f32 with explicit fma, so that CPU and CUDA agree bit
+// for bit. Host and device code, no state.
 //
-// Philox4x32-10   counter (vocab_id / 4, position, sample_index, 0), key (seed low, seed high), word vocab_id % 4
+// Philox4x32-10   counter (vocab_id / 4, position, sample_index, 0), key (seed low, seed high),
+//                 word vocab_id % 4
 //                 Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011
-// log             polynomial on [sqrt(1/2), sqrt(2)), 7e-10 relative before rounding; own minimax fits
+// log             polynomial on [sqrt(1/2), sqrt(2)), 7e-10 relative before rounding;
+//                 own minimax fits
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -36,7 +39,8 @@ MEDUSA_HD inline Philox4 philox4x32(Philox4 counter, uint32_t key0, uint32_t key
   return counter;
 }
 
-// The words of the four vocabulary ids 4 * block .. 4 * block + 3, for the token to be emitted at this absolute position.
+// The words of the four vocabulary ids 4 * block .. 4 * block + 3, for the token to be emitted at
+// this absolute position.
 MEDUSA_HD inline Philox4 noise_words(uint64_t seed, uint32_t sample_index, uint32_t position,
                                      uint32_t block) {
   return philox4x32({{block, position, sample_index, 0u}}, static_cast<uint32_t>(seed),
@@ -91,7 +95,8 @@ MEDUSA_HD inline float log_f32(float x) {
   return fmaf(n, 0.693145752f, low);
 }
 
-// Gumbel noise of a 32-bit word: u = (x + 0.5) / 2^32, E = -log(1 - u), G = -log E. Falls with x; between -3.14 and 22.88.
+// Gumbel noise of a 32-bit word: u = (x + 0.5) / 2^32, E = -log(1 - u), G = -log E. Falls with x;
+// between -3.14 and 22.88.
 MEDUSA_HD inline float gumbel_from_bits(uint32_t x) {
   constexpr float kUnit = 2.3283064365386963e-10f;  // 2^-32
   float e;

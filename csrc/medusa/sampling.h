@@ -10,10 +10,10 @@ namespace medusa {
 enum class Acceptance : uint8_t { exact, typical };
 
 struct SamplingParams {
-  float temperature = 0.0f;  // 0: greedy
-  int top_k = 0;             // 0: off
-  double top_p = 1.0;        // (0, 1]; 1: off
-  double min_p = 0.0;        // [0, 1]; 0: off
+  float temperature = 0.0f;         // 0: greedy
+  int top_k = 0;                    // 0: off
+  double top_p = 1.0;               // (0, 1]; 1: off
+  double min_p = 0.0;               // [0, 1]; 0: off
   float repetition_penalty = 1.0f;  // > 0; 1: off
   uint64_t seed = 0;
   uint32_t sample_index = 0;  // which of several samples of one prompt
@@ -26,7 +26,7 @@ struct SamplingParams {
 // What a walk through one tree accepted.
 struct Accepted {
   std::vector<int> path;        // nodes, root first, strictly increasing
-  std::vector<int32_t> tokens;  // emitted, as many as the path has nodes; the last one is the next root
+  std::vector<int32_t> tokens;  // emitted, one per node; the last one is the next root
 };
 
 }  // namespace medusa

@@ -14,10 +14,11 @@
 namespace medusa {
 
 struct SessionOptions {
-  int max_batch = 8;          // sequences that decode side by side
-  int max_context = 0;        // tokens, prompt and output together; 0: the model's
-  int64_t cache_tokens = 0;   // of all sequences; 0: min(max_batch * max_context, 16384); at least one max_context
-  int prefill_chunk = 512;    // prompt rows a step takes at most
+  int max_batch = 8;    // sequences that decode side by side
+  int max_context = 0;  // tokens, prompt and output together; 0: the model's
+  // Of all sequences; 0: min(max_batch * max_context, 16384); at least one max_context.
+  int64_t cache_tokens = 0;
+  int prefill_chunk = 512;  // prompt rows a step takes at most
 };
 
 struct Request {
@@ -25,7 +26,7 @@ struct Request {
   int max_new_tokens = 0;       // 0: up to the context's end
   SamplingParams sampling;
   std::vector<int32_t> eos_ids;
-  bool reuse_prefix = true;     // take K and V of the longest common prefix from earlier requests
+  bool reuse_prefix = true;  // take K and V of the longest common prefix from earlier requests
 };
 
 enum class Finish : uint8_t { none, stop, length, cancelled };
@@ -34,20 +35,20 @@ struct RequestStats {
   int prompt_tokens = 0, reused_tokens = 0;  // reused: not computed again, at the first start
   int64_t steps = 0;                         // that emitted tokens
   int64_t set_backs = 0;
-  std::vector<int64_t> accepted_lengths;     // [n]: steps that emitted n tokens
-  double prefill_s = 0, decode_s = 0;        // seconds; prefill runs up to the first token
+  std::vector<int64_t> accepted_lengths;  // [n]: steps that emitted n tokens
+  double prefill_s = 0, decode_s = 0;     // seconds; prefill runs up to the first token
 };
 
 struct Event {
   int64_t request = 0;
   std::vector<int32_t> tokens;  // newly emitted, final
   Finish finish = Finish::none;
-  RequestStats stats;           // filled with the last event
+  RequestStats stats;  // filled with the last event
 };
 
 struct SessionStats {
   int active = 0, waiting = 0;
-  int pages_used = 0, pages_total = 0, pages_cached = 0;  // cached: held for reuse only, freed on demand
+  int pages_used = 0, pages_total = 0, pages_cached = 0;  // cached: for reuse, freed on demand
   int64_t steps = 0, set_backs = 0, compactions_across_pages = 0;
   int64_t weight_bytes = 0, cache_bytes = 0, workspace_bytes = 0;  // reserved
 };
@@ -55,11 +56,12 @@ struct SessionStats {
 class Session {
  public:
   // drafter null: plain decoding.
-  Session(std::shared_ptr<const Model> model, std::shared_ptr<Drafter> drafter, const SessionOptions& options);
+  Session(std::shared_ptr<const Model> model, std::shared_ptr<Drafter> drafter,
+          const SessionOptions& options);
   ~Session();
   int64_t submit(Request request);  // checks everything; ArgumentError before anything starts
   std::vector<Event> step();        // one pass; empty when there is nothing to do
-  bool cancel(int64_t request);     // false if unknown or finished; its event comes with the next step()
+  bool cancel(int64_t request);     // false: unknown or finished; step() gives its event
   bool idle() const;
   SessionStats stats() const;
   const SessionOptions& options() const;
@@ -69,10 +71,13 @@ class Session {
   std::unique_ptr<State> state_;
 };
 
-// Logits [S, V] and hidden states after the final norm [S, d] of a text, f32, in chunks, with a cache of its own. Either may be null.
-void score(const Model& model, std::span<const int32_t> tokens, int chunk, float* logits, float* hidden);
+// Logits [S, V] and hidden states after the final norm [S, d] of a text, f32, in chunks, with a
+// cache of its own. Either may be null.
+void score(const Model& model, std::span<const int32_t> tokens, int chunk, float* logits,
+           float* hidden);
 
-std::shared_ptr<Drafter> make_medusa_drafter(std::shared_ptr<const Model> model, const TreeSpec& tree);
+std::shared_ptr<Drafter> make_medusa_drafter(std::shared_ptr<const Model> model,
+                                             const TreeSpec& tree);
 
 struct PromptLookupOptions {
   int max_ngram = 4, min_ngram = 2;

@@ -11,15 +11,16 @@ namespace medusa {
 
 constexpr int kMaxTreeNodes = 256;
 constexpr int kAncestorWords = kMaxTreeNodes / 64;
-using AncestorBits = std::array<uint64_t, kAncestorWords>;  // bit j: sees node j; a node sees itself
+using AncestorBits = std::array<uint64_t, kAncestorWords>;  // bit j: sees node j, itself too
 
-// A static tree: each path lists the rank taken at each depth ([[0], [1], [0, 0]]); the root is implied.
-// Node 0 is the root, then the paths sorted by (length, path), so parents come before children and cutting the
-// tree at a depth or a node count keeps a prefix of the nodes.
+// A static tree: each path lists the rank taken at each depth ([[0], [1], [0, 0]]); the root is
+// implied. Node 0 is the root, then the paths sorted by (length, path), so parents come before
+// children and cutting the tree at a depth or a node count keeps a prefix of the nodes.
 class TreeSpec {
  public:
   TreeSpec();  // the root alone
-  // ArgumentError on a missing parent, a duplicate, a negative rank, an empty path or more than 256 nodes.
+  // ArgumentError on a missing parent, a duplicate, a negative rank, an empty path or more than 256
+  // nodes.
   static TreeSpec from_paths(const std::vector<std::vector<int>>& paths);
 
   int num_nodes() const { return static_cast<int>(parent_.size()); }
@@ -34,8 +35,8 @@ class TreeSpec {
   std::vector<int> parent_, rank_, depth_;
 };
 
-// One sequence's guesses. Node 0 is the root: already emitted, its KV not yet in the cache. Parents come before
-// children; siblings hold distinct tokens and keep the order in which they were added.
+// One sequence's guesses. Node 0 is the root: already emitted, its KV not yet in the cache. Parents
+// come before children; siblings hold distinct tokens and keep the order in which they were added.
 class DraftTree {
  public:
   explicit DraftTree(int32_t root_token = 0) { reset(root_token); }
@@ -46,8 +47,8 @@ class DraftTree {
 
   int num_nodes() const { return num_nodes_; }
   int32_t token(int node) const { return token_[static_cast<size_t>(node)]; }
-  int parent(int node) const { return parent_[static_cast<size_t>(node)]; }              // -1 at the root
-  int depth(int node) const { return depth_[static_cast<size_t>(node)]; }                // 0 at the root
+  int parent(int node) const { return parent_[static_cast<size_t>(node)]; }  // -1 at the root
+  int depth(int node) const { return depth_[static_cast<size_t>(node)]; }    // 0 at the root
   int first_child(int node) const { return first_child_[static_cast<size_t>(node)]; }    // -1: none
   int next_sibling(int node) const { return next_sibling_[static_cast<size_t>(node)]; }  // -1: none
   const AncestorBits& ancestors(int node) const { return ancestors_[static_cast<size_t>(node)]; }

@@ -17,9 +17,18 @@ namespace {
 // The element type that NumPy shows a file's type as; null: NumPy has none.
 const char* numpy_name(std::string_view dtype) {
   constexpr std::array<std::pair<std::string_view, const char*>, 13> kNames{{
-      {"F64", "float64"}, {"F32", "float32"}, {"F16", "float16"}, {"BF16", "uint16"},
-      {"I64", "int64"},   {"I32", "int32"},   {"I16", "int16"},   {"I8", "int8"},
-      {"U64", "uint64"},  {"U32", "uint32"},  {"U16", "uint16"},  {"U8", "uint8"},
+      {"F64", "float64"},
+      {"F32", "float32"},
+      {"F16", "float16"},
+      {"BF16", "uint16"},
+      {"I64", "int64"},
+      {"I32", "int32"},
+      {"I16", "int16"},
+      {"I8", "int8"},
+      {"U64", "uint64"},
+      {"U32", "uint32"},
+      {"U16", "uint16"},
+      {"U8", "uint8"},
       {"BOOL", "bool"},
   }};
   for (const auto& [file, numpy] : kNames) {
@@ -28,7 +37,8 @@ const char* numpy_name(std::string_view dtype) {
   return nullptr;
 }
 
-// A read-only view of the mapping that `file` keeps alive; a copy where the file left the tensor unaligned.
+// A read-only view of the mapping that `file` keeps alive; a copy where the file left the tensor
+// unaligned.
 py::array file_array(const std::shared_ptr<SafetensorsFile>& file, const std::string& name) {
   const SafetensorsTensor& tensor = file->tensor(name);
   std::vector<int64_t> shape = tensor.shape;
@@ -52,8 +62,9 @@ float* output(const std::optional<py::array>& array, const char* name, int64_t r
               int64_t columns) {
   if (!array) return nullptr;
   const TensorView view = borrow(*array, "f32", name);
-  MEDUSA_CHECK_ARG(view.rank == 2 && view.size(0) == rows && view.size(1) == columns, "score: ",
-                   name, " is ", shape_string(view), "; wanted [", rows, ", ", columns, "]");
+  MEDUSA_CHECK_ARG(view.rank == 2 && view.size(0) == rows && view.size(1) == columns,
+                   "score: ", name, " is ", shape_string(view), "; wanted [", rows, ", ", columns,
+                   "]");
   MEDUSA_CHECK_ARG(array->writeable(), "score: ", name, " is read-only");
   return view.as<float>();
 }
@@ -127,9 +138,9 @@ void bind_model(py::module_& m) {
             builder.add(name, view);
           },
           py::arg("name"), py::arg("array"), py::arg("dtype") = py::none())
-      .def("finish",
-           [](ModelBuilder& builder) { return std::shared_ptr<Model>(builder.finish()); },
-           Release());
+      .def(
+          "finish", [](ModelBuilder& builder) { return std::shared_ptr<Model>(builder.finish()); },
+          Release());
 
   m.def(
       "load_model",

@@ -29,7 +29,8 @@ TensorView view_of(const std::optional<Floats>& array) {
   return array ? view_of(*array) : TensorView();
 }
 
-// An op's f32 or bf16 activation. Python sees f32; bf16 is rounded to nearest even on the way in and widened on the way out.
+// An op's f32 or bf16 activation. Python sees f32; bf16 is rounded to nearest even on the way in
+// and widened on the way out.
 class Activation32 {
  public:
   Activation32(const TensorView& shape, DType dtype) : view_(shape) {
@@ -104,8 +105,8 @@ std::unique_ptr<TestCache> make_cache(std::shared_ptr<Backend> backend, int num_
                    "; wanted [sequences, max_pages]");
   auto test = std::make_unique<TestCache>();
   test->page_table.assign(page_table.data(), page_table.data() + page_table.size());
-  test->cache = backend->make_kv_cache(
-      {num_layers, num_kv_heads, head_dim, parse_dtype(dtype), num_pages});
+  test->cache =
+      backend->make_kv_cache({num_layers, num_kv_heads, head_dim, parse_dtype(dtype), num_pages});
   test->cache.page_table = test->page_table.data();
   test->cache.max_pages = static_cast<int>(pages.size(1));
   // All bits set is a NaN in f32, f16 and bf16.
@@ -137,8 +138,12 @@ struct RowArrays {
                          slot.size() == num_rows && prefix_len.size() == num_rows &&
                          ancestors.size() == num_rows * kAncestorWords,
                      "rows: the arrays disagree with ", num_rows, " tokens");
-    rows = {static_cast<int>(num_rows), token.data(),      sequence.data(),
-            position.data(),            slot.data(),       prefix_len.data(),
+    rows = {static_cast<int>(num_rows),
+            token.data(),
+            sequence.data(),
+            position.data(),
+            slot.data(),
+            prefix_len.data(),
             reinterpret_cast<const AncestorBits*>(ancestors.data())};
   }
 
@@ -183,8 +188,7 @@ void bind_row_ops(py::class_<Ops>& ops) {
         const auto packed = make_weight(backend, view_of(weight), parse_dtype(dtype));
         return embed(backend, view_of(tokens), *packed, scale);
       },
-      py::arg("backend"), py::arg("tokens"), py::arg("weight"), py::arg("dtype"),
-      py::arg("scale"));
+      py::arg("backend"), py::arg("tokens"), py::arg("weight"), py::arg("dtype"), py::arg("scale"));
   ops.def_static(
       "rms_norm",
       [](Backend& backend, const Floats& x, const Floats& gain, float eps,
@@ -326,8 +330,8 @@ std::pair<std::vector<int>, std::vector<int32_t>> verify(
   for (size_t v = 1; v < tokens.size(); ++v) {
     MEDUSA_CHECK_ARG(tree.num_nodes() < kMaxTreeNodes, "verify: the tree has ", tokens.size(),
                      " nodes; at most ", kMaxTreeNodes);
-    MEDUSA_CHECK_ARG(tree.add(parents[v], tokens[v]) == static_cast<int>(v),
-                     "verify: node ", v, " repeats a sibling");
+    MEDUSA_CHECK_ARG(tree.add(parents[v], tokens[v]) == static_cast<int>(v), "verify: node ", v,
+                     " repeats a sibling");
   }
   history.push_back(tokens[0]);
   Accepted accepted;

@@ -27,8 +27,9 @@ void fill_tree(const TreeLists& lists, int max_nodes, DraftTree& tree) {
   const auto& [tokens, parents] = lists;
   MEDUSA_CHECK_ARG(tokens.size() == parents.size(), "Drafter.draft: ", tokens.size(),
                    " tokens and ", parents.size(), " parents; wanted as many");
-  MEDUSA_CHECK_ARG(static_cast<int64_t>(tokens.size()) < max_nodes, "Drafter.draft: ",
-                   tokens.size(), " nodes; at most ", max_nodes - 1, " fit beside the root");
+  MEDUSA_CHECK_ARG(static_cast<int64_t>(tokens.size()) < max_nodes,
+                   "Drafter.draft: ", tokens.size(), " nodes; at most ", max_nodes - 1,
+                   " fit beside the root");
   const std::vector<int32_t> ids = token_ids(tokens);
   std::vector<int> node{0};  // of each entry; a duplicate sibling has its twin's
   for (size_t i = 0; i < ids.size(); ++i) {
@@ -39,7 +40,8 @@ void fill_tree(const TreeLists& lists, int max_nodes, DraftTree& tree) {
   }
 }
 
-// Runs a Python subclass. A Python exception travels through Session::step as py::error_already_set.
+// Runs a Python subclass. A Python exception travels through Session::step as
+// py::error_already_set.
 class PyDrafter : public Drafter, public py::trampoline_self_life_support {
  public:
   void draft(std::span<const DraftInput> inputs, std::span<DraftTree> trees) override {
@@ -86,10 +88,14 @@ class PyDrafter : public Drafter, public py::trampoline_self_life_support {
 
 const char* finish_name(Finish finish) {
   switch (finish) {
-    case Finish::none: return nullptr;
-    case Finish::stop: return "stop";
-    case Finish::length: return "length";
-    case Finish::cancelled: return "cancelled";
+    case Finish::none:
+      return nullptr;
+    case Finish::stop:
+      return "stop";
+    case Finish::length:
+      return "length";
+    case Finish::cancelled:
+      return "cancelled";
   }
   throw InternalError("Finish: unknown value");
 }
@@ -97,13 +103,13 @@ const char* finish_name(Finish finish) {
 SamplingParams make_sampling(float temperature, int top_k, double top_p, double min_p,
                              float repetition_penalty, const py::int_& seed, uint32_t sample_index,
                              const std::string& acceptance, double epsilon, double delta) {
-  SamplingParams params{temperature, top_k,        top_p,          min_p,  repetition_penalty, 0,
-                        sample_index, Acceptance::exact, epsilon, delta};
+  SamplingParams params{
+      temperature,       top_k,   top_p, min_p, repetition_penalty, 0, sample_index,
+      Acceptance::exact, epsilon, delta};
   params.seed = PyLong_AsUnsignedLongLong(seed.ptr());
   if (PyErr_Occurred() != nullptr) {
     PyErr_Clear();
-    throw ArgumentError(concat("seed is ", std::string(py::str(seed)),
-                               "; wanted 0 to 2**64 - 1"));
+    throw ArgumentError(concat("seed is ", std::string(py::str(seed)), "; wanted 0 to 2**64 - 1"));
   }
   MEDUSA_CHECK_ARG(acceptance == "exact" || acceptance == "typical", "acceptance is \"", acceptance,
                    "\"; wanted \"exact\" or \"typical\"");
@@ -148,11 +154,12 @@ void bind_trees_and_drafters(py::module_& m) {
                                }
                                return self.max_nodes();
                              })
-      .def("draft",
-           [](const Drafter&, const py::list&) -> std::vector<TreeLists> {
-             throw UnsupportedError("Drafter.draft: only a subclass's own draft can be called");
-           },
-           py::arg("inputs"))
+      .def(
+          "draft",
+          [](const Drafter&, const py::list&) -> std::vector<TreeLists> {
+            throw UnsupportedError("Drafter.draft: only a subclass's own draft can be called");
+          },
+          py::arg("inputs"))
       .def("on_finish", [](const Drafter&, int64_t) {}, py::arg("request"));
 
   m.def(
@@ -218,8 +225,8 @@ void bind_session(py::module_& m) {
            py::arg("acceptance") = "exact", py::arg("epsilon") = plain.epsilon,
            py::arg("delta") = plain.delta);
 
-  // Every method drops the interpreter lock first: a step may hold the session's own lock while a Python drafter
-  // waits for the interpreter's.
+  // Every method drops the interpreter lock first: a step may hold the session's own lock while a
+  // Python drafter waits for the interpreter's.
   const SessionOptions options;
   py::class_<Session>(m, "Session")
       .def(py::init([](const std::shared_ptr<Model>& model, const std::shared_ptr<Drafter>& drafter,

@@ -24,8 +24,8 @@ void bind_ops(py::module_& m);
 
 using Release = py::call_guard<py::gil_scoped_release>;
 
-// A C-contiguous array of rank 1 to 3 as it lies; valid while `array` lives. `dtype` names the elements where NumPy
-// cannot ("bf16" in a uint16 array); `name` stands in the errors.
+// A C-contiguous array of rank 1 to 3 as it lies; valid while `array` lives. `dtype` names the
+// elements where NumPy cannot ("bf16" in a uint16 array); `name` stands in the errors.
 TensorView borrow(const py::array& array, const std::optional<std::string>& dtype,
                   const std::string& name);
 

@@ -1,4 +1,5 @@
-// medusa_ext._core: the compiled module. Bindings borrow arrays, release the interpreter lock and call one function.
+// medusa_ext._core: the compiled module. Bindings borrow arrays, release the interpreter lock and
+// call one function.
 // SPDX-License-Identifier: Apache-2.0
 #include <exception>
 
@@ -11,8 +12,9 @@ TensorView borrow(const py::array& array, const std::optional<std::string>& dtyp
   MEDUSA_CHECK_ARG(array.ndim() >= 1 && array.ndim() <= 3, name, ": the array has rank ",
                    array.ndim(), "; wanted 1 to 3");
   const int wanted = int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
-  MEDUSA_CHECK_ARG((array.flags() & wanted) == wanted, name,
-                   ": the array is not C-contiguous and aligned; pass numpy.ascontiguousarray(array)");
+  MEDUSA_CHECK_ARG(
+      (array.flags() & wanted) == wanted, name,
+      ": the array is not C-contiguous and aligned; pass numpy.ascontiguousarray(array)");
   const std::string found = py::str(array.dtype());
   TensorView view;
   if (found == "float32") {
@@ -50,7 +52,8 @@ std::vector<int32_t> token_ids(const std::vector<int64_t>& tokens) {
 
 }  // namespace medusa::python
 
-// ArgumentError and OutOfMemory need nothing here: pybind11 turns their bases into ValueError and MemoryError.
+// ArgumentError and OutOfMemory need nothing here: pybind11 turns their bases into ValueError and
+// MemoryError.
 PYBIND11_MODULE(_core, m) {
   namespace py = pybind11;
   m.attr("__version__") = MEDUSA_VERSION;

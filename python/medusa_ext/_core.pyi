@@ -1,4 +1,7 @@
-"""The compiled module. Arrays are NumPy (C-contiguous); bf16 travels as uint16. Calls release the interpreter lock."""
+"""The compiled module.
+
+Arrays are NumPy (C-contiguous); bf16 travels as uint16. Calls release the interpreter lock.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +14,10 @@ __version__: str
 class InternalError(RuntimeError): ...
 
 class Backend:
-    """A device and its threads. isa: "" picks the best; "generic", "avx2", "avx512"; MEDUSA_CPU_ISA overrides ""."""
+    """A device and its threads.
+
+    isa: "" picks the best, or what MEDUSA_CPU_ISA names; "generic", "avx2", "avx512".
+    """
 
     def __init__(self, device: str = "cpu", *, threads: int = 0, isa: str = "") -> None: ...
     @property
@@ -25,7 +31,10 @@ def available_isas() -> list[str]:
     """Instruction sets that this build has and this machine runs, slowest first."""
 
 class SafetensorsFile:
-    """A mapped safetensors file, checked on opening: header, offsets, overlaps, sizes. ValueError names file and tensor."""
+    """A mapped safetensors file, checked on opening: header, offsets, overlaps, sizes.
+
+    ValueError names file and tensor.
+    """
 
     def __init__(self, path: str) -> None: ...
     @property
@@ -35,16 +44,23 @@ class SafetensorsFile:
         """As in the file: "F32", "F16", "BF16", "I32", "I64", "F8_E4M3", ..."""
     def shape(self, name: str) -> list[int]: ...
     def array(self, name: str) -> NDArray[Any]:
-        """A read-only view of the mapping (BF16 as uint16, other odd types as uint8 with a last axis of bytes)."""
+        """A read-only view of the mapping.
+
+        BF16 as uint16, other types that NumPy lacks as uint8 with a last axis of bytes; a copy
+        where the file left the tensor unaligned.
+        """
     def release(self, name: str) -> None:
         """Drop the pages of this tensor from resident memory; later reads map them again."""
 
 class ModelBuilder:
-    """See csrc/medusa/model.h for the tensor names. config: JSON of ModelConfig. dtype: "bf16", "f16", "f32"."""
+    """Takes tensors by the names of csrc/medusa/model.h.
+
+    config: JSON of ModelConfig. dtype: "bf16", "f16", "f32".
+    """
 
     def __init__(self, config: str, dtype: str, backend: Backend) -> None: ...
     def add(self, name: str, array: NDArray[Any], dtype: str | None = None) -> None:
-        """dtype: of the elements, needed for uint16 arrays that hold bf16 ("bf16"); else taken from the array."""
+        """Pack one tensor. dtype: "bf16" for uint16 arrays that hold it; else the array's own."""
     def finish(self) -> Model: ...
 
 class Model:
@@ -65,7 +81,11 @@ def load_model(path: str, dtype: str, backend: Backend) -> Model:
 
 def random_model(config: str, dtype: str, seed: int, backend: Backend) -> Model: ...
 def score(
-    model: Model, tokens: Sequence[int], chunk: int, logits: NDArray[np.float32] | None, hidden: NDArray[np.float32] | None
+    model: Model,
+    tokens: Sequence[int],
+    chunk: int,
+    logits: NDArray[np.float32] | None,
+    hidden: NDArray[np.float32] | None,
 ) -> None:
     """Fill logits [S, V] and hidden [S, d] (after the final norm); None leaves one out."""
 
@@ -91,8 +111,11 @@ class DraftInput:
     has_hidden: bool
 
 class Drafter:
-    """Base of all drafters. In Python: subclass, define draft(inputs) -> [(tokens, parents)] without the root
-    (parents index the tree, 0 = root), and max_nodes. Guesses never change the output."""
+    """Base of all drafters; guesses never change the output.
+
+    A subclass defines max_nodes and draft(inputs) -> [(tokens, parents)] without the root; parents
+    index the tree, 0 = root.
+    """
 
     def __init__(self) -> None: ...
     @property
@@ -102,7 +125,12 @@ class Drafter:
 
 def medusa_drafter(model: Model, tree: TreeSpec) -> Drafter: ...
 def prompt_lookup_drafter(
-    *, max_ngram: int = 4, min_ngram: int = 2, max_nodes: int = 16, max_depth: int = 10, max_matches: int = 4
+    *,
+    max_ngram: int = 4,
+    min_ngram: int = 2,
+    max_nodes: int = 16,
+    max_depth: int = 10,
+    max_matches: int = 4,
 ) -> Drafter: ...
 
 class SamplingParams:
@@ -151,7 +179,7 @@ class SessionStats:
     workspace_bytes: int
 
 class Session:
-    """Safe from any thread. step() runs one pass and returns the events of it; an empty list when idle."""
+    """Safe from any thread. step() runs one pass and returns its events; none when idle."""
 
     def __init__(
         self,
@@ -174,7 +202,11 @@ class Session:
         eos_ids: Sequence[int] = (),
         reuse_prefix: bool = True,
     ) -> int:
-        """ValueError on an empty prompt, a token outside the vocabulary, a prompt of max_context tokens or more."""
+        """Queue a request; returns its id.
+
+        ValueError on an empty prompt, a token outside the vocabulary, a prompt of max_context
+        tokens or more.
+        """
     def step(self) -> list[Event]: ...
     def cancel(self, request: int) -> bool: ...
     @property
@@ -196,24 +228,40 @@ class KvCache:
         num_pages: int,
     ) -> None:
         """page_table [sequences, max_pages]; every element of the cache starts as NaN."""
-    def read(self, layer: int, sequence: int, slot: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def read(
+        self, layer: int, sequence: int, slot: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """K and V [Hkv, D] of one slot."""
 
 class ops:
-    """Every op of csrc/medusa/backend.h on NumPy arrays (namespace of static functions), for tests and experiments.
+    """Every op of csrc/medusa/backend.h on NumPy arrays, for tests and experiments.
 
-    rows: dict of arrays token, sequence, position, slot, prefix_len [R] i32 and ancestors [R, 4] u64.
+    rows: arrays token, sequence, position, slot, prefix_len [R] i32 and ancestors [R, 4] u64.
     Activations go in and out as float32; where the op's type is bf16 they are rounded on the way in
     (to nearest even) and widened on the way out.
     """
 
     @staticmethod
-    def pack_unpack(backend: Backend, weight: NDArray[Any], dtype: str, src_dtype: str | None = None) -> NDArray[np.float32]:
+    def pack_unpack(
+        backend: Backend, weight: NDArray[Any], dtype: str, src_dtype: str | None = None
+    ) -> NDArray[np.float32]:
         """What the packed weight holds, read back through embed: [N, K] f32."""
     @staticmethod
-    def embed(backend: Backend, tokens: NDArray[np.int32], weight: NDArray[np.float32], dtype: str, scale: float) -> NDArray[np.float32]: ...
+    def embed(
+        backend: Backend,
+        tokens: NDArray[np.int32],
+        weight: NDArray[np.float32],
+        dtype: str,
+        scale: float,
+    ) -> NDArray[np.float32]: ...
     @staticmethod
-    def rms_norm(backend: Backend, x: NDArray[np.float32], gain: NDArray[np.float32], eps: float, out_dtype: str) -> NDArray[np.float32]: ...
+    def rms_norm(
+        backend: Backend,
+        x: NDArray[np.float32],
+        gain: NDArray[np.float32],
+        eps: float,
+        out_dtype: str,
+    ) -> NDArray[np.float32]: ...
     @staticmethod
     def linear(
         backend: Backend,
@@ -224,7 +272,9 @@ class ops:
         residual: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]: ...
     @staticmethod
-    def rope_table(backend: Backend, positions: NDArray[np.int32], prompt_len: NDArray[np.int32], rope: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def rope_table(
+        backend: Backend, positions: NDArray[np.int32], prompt_len: NDArray[np.int32], rope: str
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """rope: JSON of RopeConfig."""
     @staticmethod
     def rope_write(
@@ -239,24 +289,43 @@ class ops:
         cache: KvCache,
         layer: int,
     ) -> NDArray[np.float32]:
-        """q [R, H, D]."""
+        """Returns q [R, H, D]."""
     @staticmethod
     def tree_attention(
-        backend: Backend, q: NDArray[np.float32], cache: KvCache, layer: int, rows: dict[str, NDArray[Any]], scale: float, window: int, out_dtype: str
+        backend: Backend,
+        q: NDArray[np.float32],
+        cache: KvCache,
+        layer: int,
+        rows: dict[str, NDArray[Any]],
+        scale: float,
+        window: int,
+        out_dtype: str,
     ) -> NDArray[np.float32]: ...
     @staticmethod
-    def gated_activation(backend: Backend, gate_up: NDArray[np.float32], activation: str, out_dtype: str) -> NDArray[np.float32]: ...
+    def gated_activation(
+        backend: Backend, gate_up: NDArray[np.float32], activation: str, out_dtype: str
+    ) -> NDArray[np.float32]: ...
     @staticmethod
-    def residual_silu(backend: Backend, y: NDArray[np.float32], u: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def residual_silu(
+        backend: Backend, y: NDArray[np.float32], u: NDArray[np.float32]
+    ) -> NDArray[np.float32]: ...
     @staticmethod
-    def gather_rows(backend: Backend, x: NDArray[np.float32], index: NDArray[np.int32], out_dtype: str) -> NDArray[np.float32]: ...
+    def gather_rows(
+        backend: Backend, x: NDArray[np.float32], index: NDArray[np.int32], out_dtype: str
+    ) -> NDArray[np.float32]: ...
     @staticmethod
-    def top_k(backend: Backend, x: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
+    def top_k(
+        backend: Backend, x: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
     @staticmethod
-    def compact_kv(backend: Backend, cache: KvCache, moves: list[tuple[int, int, list[int]]]) -> None:
+    def compact_kv(
+        backend: Backend, cache: KvCache, moves: list[tuple[int, int, list[int]]]
+    ) -> None:
         """moves: (sequence, len, path)."""
     @staticmethod
-    def copy_page(backend: Backend, cache: KvCache, src: int, dst: int, num_tokens: int) -> None: ...
+    def copy_page(
+        backend: Backend, cache: KvCache, src: int, dst: int, num_tokens: int
+    ) -> None: ...
     @staticmethod
     def verify(
         backend: Backend,
@@ -269,9 +338,14 @@ class ops:
         eos_ids: Sequence[int] = (),
         max_tokens: int = 1 << 30,
     ) -> tuple[list[int], list[int]]:
-        """One tree (tokens and parents with the root first, parent -1); history: the text before the root. (path, tokens)."""
+        """Walk one tree; returns (path, tokens).
+
+        tokens and parents start with the root (parent -1); history: the text before the root.
+        """
     @staticmethod
-    def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...
+    def philox(
+        counter: tuple[int, int, int, int], key: tuple[int, int]
+    ) -> tuple[int, int, int, int]: ...
     @staticmethod
     def gumbel(x: NDArray[np.uint32]) -> NDArray[np.float32]:
         """G of the 32-bit words x, by the shared polynomial."""

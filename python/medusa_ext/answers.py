@@ -69,7 +69,7 @@ class Stream:
     """Iterator over the pieces of one text; the last piece carries the result.
 
     Closing it, leaving its `with` block, ^C while it waits, or dropping it ends the request and
-    frees its slot.
+    frees its slot. Not for use by several threads at once.
     """
 
     def __init__(self, pump: Pump, submission: Submission, answer: Answer) -> None:

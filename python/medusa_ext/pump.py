@@ -95,13 +95,9 @@ class Pump:
         for request in ticket.requests:
             if self._waiting.pop(request, None) is not None:
                 self._session.cancel(request)
-        # The slot becomes free with the next step; where nobody is left to make it, it is made
-        # here.
         if not self._waiting and self._lock.acquire(blocking=False):
             try:
-                if self._driver is None and not self._waiting and not self._closed:
-                    while not self._session.idle:
-                        self._session.step()
+                self._retire()
             finally:
                 self._lock.release()
 
@@ -154,6 +150,13 @@ class Pump:
                 self._hand_out()
                 self._changed.notify_all()
                 self._driver = None
+                self._retire()
+
+    def _retire(self) -> None:
+        """Make the step that frees the slots of cancelled requests, where nobody else will."""
+        nobody = self._driver is None and not self._waiting
+        if nobody and not self._closed and not self._session.idle:
+            self._session.step()
 
     def _hand_out(self) -> None:
         """Move events from the inbox to their tickets; after an interrupt anywhere, go on."""

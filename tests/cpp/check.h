@@ -1,5 +1,5 @@
-// A test program in one header: TEST registers, CHECK counts, main runs all and fails if any check or exception did.
-// Included by exactly one source of a program.
+// A test program in one header: TEST registers, CHECK counts, main runs all and fails if any check
+// or exception did. Included by exactly one source of a program.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -36,26 +36,26 @@ inline void fail(const char* file, int line, const std::string& what) {
 
 }  // namespace test
 
-#define TEST(name)                                            \
-  static void name();                                         \
+#define TEST(name)                                                  \
+  static void name();                                               \
   static const test::Registration registration_##name(#name, name); \
   static void name()
 
-#define CHECK(condition)                                                          \
-  do {                                                                            \
-    if (!(condition)) test::fail(__FILE__, __LINE__, "not true: " #condition);    \
+#define CHECK(condition)                                                       \
+  do {                                                                         \
+    if (!(condition)) test::fail(__FILE__, __LINE__, "not true: " #condition); \
   } while (false)
 
 // The statement throws this type, and the message holds this text.
-#define CHECK_THROWS(Type, text, statement)                                            \
-  do {                                                                                 \
-    try {                                                                              \
-      statement;                                                                       \
-      test::fail(__FILE__, __LINE__, "did not throw: " #statement);                    \
-    } catch (const Type& error) {                                                      \
-      if (std::string(error.what()).find(text) == std::string::npos)                   \
+#define CHECK_THROWS(Type, text, statement)                                                    \
+  do {                                                                                         \
+    try {                                                                                      \
+      statement;                                                                               \
+      test::fail(__FILE__, __LINE__, "did not throw: " #statement);                            \
+    } catch (const Type& error) {                                                              \
+      if (std::string(error.what()).find(text) == std::string::npos)                           \
         test::fail(__FILE__, __LINE__, std::string("threw another message: ") + error.what()); \
-    }                                                                                  \
+    }                                                                                          \
   } while (false)
 
 int main() {

@@ -53,9 +53,11 @@ TEST(json_refuses_wrong_members) {
     return ModelConfig::from_json(replaced(good, from, to));
   };
   CHECK_THROWS(ArgumentError, "hidden_size", with("hidden_size", "hidden_sise"));
-  CHECK_THROWS(ArgumentError, "surplus", with("\"vocab_size\": 61", "\"vocab_size\": 61, \"surplus\": 1"));
+  CHECK_THROWS(ArgumentError, "surplus",
+               with("\"vocab_size\": 61", "\"vocab_size\": 61, \"surplus\": 1"));
   CHECK_THROWS(ArgumentError, "vocab_size", with("\"vocab_size\": 61, ", ""));
-  CHECK_THROWS(ArgumentError, "", with("\"vocab_size\": 61", "\"vocab_size\": 61, \"vocab_size\": 61"));
+  CHECK_THROWS(ArgumentError, "",
+               with("\"vocab_size\": 61", "\"vocab_size\": 61, \"vocab_size\": 61"));
   CHECK_THROWS(ArgumentError, "vocab_size", with("\"vocab_size\": 61", "\"vocab_size\": \"61\""));
   CHECK_THROWS(ArgumentError, "vocab_size", with("\"vocab_size\": 61", "\"vocab_size\": 61.5"));
   CHECK_THROWS(ArgumentError, "vocab_size", with("\"vocab_size\": 61", "\"vocab_size\": 0"));

@@ -1,4 +1,5 @@
-// Safetensors files: a good one is read, every corrupt one is refused and nothing is read outside of it.
+// Safetensors files: a good one is read, every corrupt one is refused and nothing is read outside
+// of it.
 // SPDX-License-Identifier: Apache-2.0
 #include "core/safetensors.h"
 
@@ -101,14 +102,17 @@ TEST(refuses_headers_that_lie) {
   refused(file(R"({"w":{"dtype":"F32","shape":[4]}})", data), "w");
   refused(file(R"({"w":7})", data), "w");
   refused(file(R"({"__metadata__":{"a":1}})", ""), "");
-  refused(file(R"({"a":{"dtype":"U8","shape":[16],"data_offsets":[0,16]},"b":{"dtype":"U8","shape":[1],"data_offsets":[8,9]}})", data),
-          "overlap");
+  refused(
+      file(
+          R"({"a":{"dtype":"U8","shape":[16],"data_offsets":[0,16]},"b":{"dtype":"U8","shape":[1],"data_offsets":[8,9]}})",
+          data),
+      "overlap");
 }
 
 TEST(survives_random_damage) {
-  const std::string good = file(
-      R"({"__metadata__":{"a":"b"},"w":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}})",
-      std::string(16, 'x'));
+  const std::string good =
+      file(R"({"__metadata__":{"a":"b"},"w":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}})",
+           std::string(16, 'x'));
   std::mt19937 random(3);
   int read = 0, refusals = 0;
   for (int round = 0; round < 2000; ++round) {

@@ -1,5 +1,5 @@
-// Sessions over a tiny random model: whatever the drafter, the batch, the chunking or the room in the cache, the tokens
-// are those of decoding one request alone, one token at a time.
+// Sessions over a tiny random model: whatever the drafter, the batch, the chunking or the room in
+// the cache, the tokens are those of decoding one request alone, one token at a time.
 // SPDX-License-Identifier: Apache-2.0
 #include "medusa/session.h"
 
@@ -66,7 +66,8 @@ std::vector<Answer> plain(const std::vector<Request>& requests) {
   return answers;
 }
 
-// Knows the answers and proposes them, some tokens replaced, among wrong siblings before and after the right node.
+// Knows the answers and proposes them, some tokens replaced, among wrong siblings before and after
+// the right node.
 class KnowingDrafter : public medusa::Drafter {
  public:
   KnowingDrafter(const std::vector<Request>& requests, const std::vector<Answer>& answers) {
@@ -118,7 +119,8 @@ std::vector<Request> random_requests(int count, unsigned seed, int max_prompt = 
   for (int i = 0; i < count; ++i) {
     Request request;
     const auto length = 1 + random() % static_cast<unsigned>(max_prompt);
-    for (unsigned t = 0; t < length; ++t) request.tokens.push_back(static_cast<int32_t>(random() % 61));
+    for (unsigned t = 0; t < length; ++t)
+      request.tokens.push_back(static_cast<int32_t>(random() % 61));
     request.max_new_tokens = static_cast<int>(1 + random() % 70);
     if (random() % 2 == 0) {
       request.sampling.temperature = 0.3f + 0.1f * static_cast<float>(random() % 12);
@@ -251,7 +253,8 @@ TEST(cancelled_requests_end_once_and_free_their_pages) {
   for (size_t i = 0; i < ids.size(); ++i) {
     const Answer& answer = answers[ids[i]];
     CHECK(answer.finish != Finish::none);
-    CHECK(answer == wanted[i] || (answer.finish == Finish::cancelled && (i == 0 || i == 4 || i == 9)));
+    CHECK(answer == wanted[i] ||
+          (answer.finish == Finish::cancelled && (i == 0 || i == 4 || i == 9)));
   }
   CHECK(answers[ids[9]].finish == Finish::cancelled);
   CHECK(!session.cancel(ids[0]));
@@ -346,11 +349,13 @@ TEST(bad_requests_are_refused) {
   CHECK_THROWS(medusa::ArgumentError, "61", submit({.tokens = {61}}));
   CHECK_THROWS(medusa::ArgumentError, "-1", submit({.tokens = {-1}}));
   CHECK_THROWS(medusa::ArgumentError, "256", submit({.tokens = Tokens(256, 1)}));
-  CHECK_THROWS(medusa::ArgumentError, "temperature", submit({.tokens = {1}, .sampling = {.temperature = -1}}));
+  CHECK_THROWS(medusa::ArgumentError, "temperature",
+               submit({.tokens = {1}, .sampling = {.temperature = -1}}));
   CHECK_THROWS(medusa::ArgumentError, "top_p", submit({.tokens = {1}, .sampling = {.top_p = 0}}));
   CHECK(session.idle());
   CHECK_THROWS(medusa::ArgumentError, "max_batch", Session(model(), nullptr, {.max_batch = 0}));
-  CHECK_THROWS(medusa::ArgumentError, "max_context", Session(model(), nullptr, {.max_context = 257}));
+  CHECK_THROWS(medusa::ArgumentError, "max_context",
+               Session(model(), nullptr, {.max_context = 257}));
 }
 
 TEST(score_does_not_depend_on_chunks) {

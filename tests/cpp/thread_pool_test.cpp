@@ -1,4 +1,5 @@
-// The thread pool: every task once, whoever calls, however long the workers slept, and exceptions come out.
+// The thread pool: every task once, whoever calls, however long the workers slept, and exceptions
+// come out.
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/cpu/thread_pool.h"
 
@@ -64,7 +65,8 @@ TEST(exceptions_reach_the_caller_and_leave_the_pool_usable) {
     CHECK(runs_each_once(pool, 20));
   }
   ThreadPool alone(1);
-  CHECK_THROWS(std::runtime_error, "alone", alone.run(1, [](int) { throw std::runtime_error("alone"); }));
+  CHECK_THROWS(std::runtime_error, "alone",
+               alone.run(1, [](int) { throw std::runtime_error("alone"); }));
 }
 
 TEST(callers_take_turns) {

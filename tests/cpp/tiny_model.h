@@ -22,7 +22,8 @@ inline medusa::ModelConfig tiny_config(int max_context = 256) {
   config.head_dim = 8;
   config.max_context = max_context;
   config.windows = {0, 0};
-  for (int i = 0; i < 4; ++i) config.rope.inv_freq.push_back(std::pow(100.0f, -0.25f * static_cast<float>(i)));
+  for (int i = 0; i < 4; ++i)
+    config.rope.inv_freq.push_back(std::pow(100.0f, -0.25f * static_cast<float>(i)));
   config.heads.num_heads = 3;
   config.heads.num_layers = 1;
   return config;

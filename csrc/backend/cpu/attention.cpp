@@ -74,8 +74,9 @@ void CpuBackend::do_tree_attention(TensorView q, const KvCache& cache, int layer
   const auto body = [&](int64_t index) {
     thread_local Scratch scratch;
     const Run* run = runs.data();
-    for (; index >= tiles_of(*run, tile_size) * Hkv; ++run)
+    for (; index >= tiles_of(*run, tile_size) * Hkv; ++run) {
       index -= tiles_of(*run, tile_size) * Hkv;
+    }
     const int64_t num_run_tiles = tiles_of(*run, tile_size), head = index % Hkv, part = index / Hkv;
     const int64_t num_queries = run->num_rows * group;
     const int64_t first = num_queries * part / num_run_tiles,
@@ -89,8 +90,9 @@ void CpuBackend::do_tree_attention(TensorView q, const KvCache& cache, int layer
     tile.out_bf16 = out.dtype == DType::bf16;
     scratch.needed.clear();
     const auto need = [&](int64_t page) {
-      if (scratch.needed.size() <= static_cast<size_t>(page))
+      if (scratch.needed.size() <= static_cast<size_t>(page)) {
         scratch.needed.resize(static_cast<size_t>(page) + 1, 0);
+      }
       scratch.needed[static_cast<size_t>(page)] = 1;
     };
     for (int64_t i = first; i < last; ++i) {
@@ -103,19 +105,19 @@ void CpuBackend::do_tree_attention(TensorView q, const KvCache& cache, int layer
       tile.ancestors[at] = rows.ancestors[row].data();
       tile.first[at] = window > 0 ? std::max(0, rows.position[row] - window + 1) : 0;
       if (at > 0 && i % group != 0) continue;  // the same row as the query before
-      for (int page = tile.first[at] / kPage; page * kPage < tile.prefix_len[at]; ++page)
+      for (int page = tile.first[at] / kPage; page * kPage < tile.prefix_len[at]; ++page) {
         need(page);
-      for (int bit = 0; bit < kMaxTreeNodes; ++bit) {
-        if (tile.ancestors[at][bit / 64] >> bit % 64 & 1)
-          need((int64_t{tile.prefix_len[at]} + bit) / kPage);
+      }
+      for (int word = 0; word < kAncestorWords; ++word) {
+        for (uint64_t bits = tile.ancestors[at][word]; bits != 0; bits &= bits - 1) {
+          need((int64_t{tile.prefix_len[at]} + word * 64 + std::countr_zero(bits)) / kPage);
+        }
       }
     }
 
     const auto num_pages = static_cast<int64_t>(scratch.needed.size());
     tile.num_pages = static_cast<int>(num_pages);
-    tile.score_stride =
-        num_pages * kPage +
-        16;  // one line more, so that the rows of a tile fall into different cache sets
+    tile.score_stride = num_pages * kPage + 16;  // so that queries fall into different cache sets
     tile.scores = at_least(scratch.scores, tile.num_queries * tile.score_stride);
     tile.values = at_least(scratch.values, tile.num_queries * ((D + 15) / 16 * 16));
     tile.queries = at_least(scratch.queries, tile.num_queries * D);

@@ -1,12 +1,13 @@
 // choose: the model's own token at a node, and the walk or the typical rule over a tree.
 //
 //   exact     v = root; loop: emit x_v; if a child of v holds x_v, v = that child, else stop
-//   typical   child c stands if p_v(c) > min(epsilon, delta exp(-H(p_v))); the deepest standing node wins
+//   typical   child c stands if p_v(c) > min(epsilon, delta exp(-H(p_v))); the deepest standing
+//   node wins
 //
 // Shapes    logits [N, V] f32; one tree per item, its nodes in consecutive rows
 // Traffic   4 V bytes per visited node for each pass; only the nodes that the walk visits are read
-// Exact     every emitted token is the model's own choice at its position, whatever the tree proposes
-// Source    Gumbel-max coupling, arXiv:2408.07978; typical acceptance, arXiv:2401.10774
+// Exact     every emitted token is the model's own choice at its position, whatever the tree
+// proposes Source    Gumbel-max coupling, arXiv:2408.07978; typical acceptance, arXiv:2401.10774
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/cpu/choose.h"
 
@@ -47,9 +48,7 @@ struct ByScore {
     const float value = scores[id];
     return value == value ? value : kLowest;
   }
-  bool operator()(int32_t a, int32_t b) const {
-    return key(a) != key(b) ? key(a) > key(b) : a < b;
-  }
+  bool operator()(int32_t a, int32_t b) const { return key(a) != key(b) ? key(a) > key(b) : a < b; }
 };
 
 uint64_t mass_of(float score, float max_score) {
@@ -96,9 +95,8 @@ bool filter(const float* z, int64_t vocab, float max_score, const SamplingParams
     ids.erase(ids.begin(), ids.end() - static_cast<int64_t>(kept));
   }
   if (by_min) {
-    std::erase_if(ids, [&](int32_t id) {
-      return !(double{exp_f32(z[id] - max_score)} >= sampling.min_p);
-    });
+    std::erase_if(
+        ids, [&](int32_t id) { return !(double{exp_f32(z[id] - max_score)} >= sampling.min_p); });
   }
   return true;
 }
@@ -115,7 +113,8 @@ struct NoisyBest {
   }
 };
 
-// At least gumbel_from_bits(word), for the price of counting bits: E >= u, so G <= -log u <= (33 - width) log 2.
+// At least gumbel_from_bits(word), for the price of counting bits: E >= u, so G <= -log u <= (33 -
+// width) log 2.
 float gumbel_bound(uint32_t word) {
   return static_cast<float>(33 - std::bit_width(word)) * 0.693148f + 1e-3f;
 }
@@ -155,8 +154,8 @@ void exact_walk(const float* logits, int64_t vocab, const VerifyItem& item,
   int node = 0;
   while (node >= 0) {
     const float* row = logits + (item.first_row + node) * vocab;
-    const auto position = static_cast<uint32_t>(item.tokens.size()) +
-                          static_cast<uint32_t>(tree.depth(node));
+    const auto position =
+        static_cast<uint32_t>(item.tokens.size()) + static_cast<uint32_t>(tree.depth(node));
     const int32_t token = choose_token(penalised(row, vocab, item, node, scratch), vocab,
                                        *item.sampling, position, scratch);
     accepted.path.push_back(node);
@@ -248,14 +247,15 @@ int32_t choose_token(const float* logits, int64_t vocab, const SamplingParams& s
   NoisyBest best;
   if (filter(z.data(), vocab, max_score, sampling, scratch)) {
     for (const int32_t id : scratch.ids) {
-      const uint32_t word = noise_word(sampling.seed, sampling.sample_index, position,
-                                       static_cast<uint32_t>(id));
+      const uint32_t word =
+          noise_word(sampling.seed, sampling.sample_index, position, static_cast<uint32_t>(id));
       best.offer(z[static_cast<size_t>(id)] + gumbel_from_bits(word), id);
     }
     return best.id >= 0 ? best.id : top;
   }
 
-  // No filter: noise is bounded, so ids too far below the best so far cannot win and need none. The likeliest goes first.
+  // No filter: noise is bounded, so ids too far below the best so far cannot win and need none. The
+  // likeliest goes first.
   best.offer(max_score + gumbel_from_bits(noise_word(sampling.seed, sampling.sample_index, position,
                                                      static_cast<uint32_t>(top))),
              top);

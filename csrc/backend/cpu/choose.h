@@ -19,9 +19,11 @@ struct ChooseScratch {
   std::vector<double> probabilities;  // of typical acceptance
 };
 
-// The token that the model itself emits at `position` (0-based index in the text), by the rule of docs/exactness.md.
+// The token that the model itself emits at `position` (0-based index in the text), by the rule of
+// docs/exactness.md.
 //   logits [V] f32, penalised by the caller where a repetition penalty is set
-//   Traffic: one or two passes over the logits; noise is drawn only for ids that it could still make the winner.
+//   Traffic: one or two passes over the logits; noise is drawn only for ids that it could still
+//   make the winner.
 int32_t choose_token(const float* logits, int64_t vocab, const SamplingParams& sampling,
                      uint32_t position, ChooseScratch& scratch);
 

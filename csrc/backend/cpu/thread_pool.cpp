@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -113,8 +114,13 @@ ThreadPool::ThreadPool(int num_threads) {
   static_cast<void>(registered);
   state_ = std::make_unique<State>();
   state_->threads.reserve(static_cast<size_t>(num_threads_ - 1));
-  for (int i = 1; i < num_threads_; ++i)
-    state_->threads.emplace_back([state = state_.get()] { work(*state); });
+  try {
+    for (int i = 1; i < num_threads_; ++i) {
+      state_->threads.emplace_back([state = state_.get()] { work(*state); });
+    }
+  } catch (const std::system_error&) {  // the system gives no more threads: make do with these
+    num_threads_ = 1 + static_cast<int>(state_->threads.size());
+  }
 }
 
 ThreadPool::~ThreadPool() {

@@ -34,8 +34,7 @@ const PackedWeight& packed(const Weight& weight) {
   return static_cast<const PackedWeight&>(weight);
 }
 
-// Copies row `src` [count] to column `column` of a block, k from first_k; T holds pair values side
-// by side.
+// Copies row `src` [count] to one column of a block, k from first_k; a T is `pair` values.
 template <class T>
 void scatter(const void* src, char* block, int64_t first_k, int64_t count, int64_t column,
              int64_t pair) {
@@ -93,8 +92,7 @@ void CpuBackend::do_pack(Weight& weight, int64_t first_output, TensorView src) {
   });
 }
 
-// Traffic: one cache line for every pair of values, N K bytes(W) / 32 in the worst case of all
-// rows.
+// Traffic: one cache line for every pair of values of a row.
 void CpuBackend::do_embed(TensorView tokens, const Weight& weight, float scale, TensorView out) {
   const PackedWeight& source = packed(weight);
   const int64_t K = weight.num_inputs(), pair = pair_of(weight.dtype()),
@@ -128,8 +126,7 @@ void CpuBackend::do_embed(TensorView tokens, const Weight& weight, float scale, 
 
 void CpuBackend::do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate,
                            TensorView out) {
-  constexpr int64_t kPanelRows =
-      120;  // a panel of x stays in the second-level cache while blocks of W pass
+  constexpr int64_t kPanelRows = 120;  // these rows of x stay cached while blocks of W pass
   constexpr int64_t kWorthBytes = 32768;
   const PackedWeight& matrix = packed(weight);
   const int64_t R = x.size(0), num_blocks = matrix.num_blocks();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status; every failure is one line on stderr."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # it takes fewer arguments
     try:
         command = typer.main.get_command(app)
         status = command.main(
@@ -57,6 +59,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         return _report(error)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"medusa-ext: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _report(error: Exception) -> int:

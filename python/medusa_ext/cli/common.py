@@ -22,7 +22,7 @@ Model = Annotated[
 Heads = Annotated[
     str, typer.Option(help="Directory or hub id of Medusa heads, prompt-lookup, none, or auto.")
 ]
-Tree = Annotated[str, typer.Option(help="Name of a tree, or auto.")]
+Tree = Annotated[str, typer.Option(help="Name of a tree, a .json file of paths, or auto.")]
 DType = Annotated[str, typer.Option(help="auto, bf16, f16 or f32.")]
 Device = Annotated[str, typer.Option(help="auto or cpu.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")]

@@ -4,9 +4,9 @@ source (where it lies) -> checkpoint (config, plan of tensors) -> load | export 
 """
 
 from medusa_ext.loading.errors import LoadError
-from medusa_ext.loading.export import export
+from medusa_ext.loading.exporting import export
 from medusa_ext.loading.heads import HeadsInfo
-from medusa_ext.loading.inspect import Inspection, inspect
+from medusa_ext.loading.inspection import Inspection, inspect
 from medusa_ext.loading.load import LoadedModel, load_model
 from medusa_ext.loading.source import Source, resolve
 

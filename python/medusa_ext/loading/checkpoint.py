@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medusa_ext.loading import hf, tokenizer
-from medusa_ext.loading.config import NO_HEADS, Config, read_json
+from medusa_ext.loading.config import NO_HEADS, Config, from_hf, read_json
+from medusa_ext.loading.config import eos_ids as config_eos_ids
 from medusa_ext.loading.errors import LoadError
-from medusa_ext.loading.files import SafetensorsTensors
+from medusa_ext.loading.files import FLOAT_BYTES, SafetensorsTensors
 from medusa_ext.loading.heads import Heads, HeadsInfo, heads_inside, open_heads
 from medusa_ext.loading.plan import Entry, TensorSet, base_shapes, head_shapes, majority_dtype
 from medusa_ext.loading.source import Source, resolve
@@ -47,7 +48,11 @@ class Checkpoint:
 
             return gguf.eos_ids(self.gguf, vocab_size)
         if self.metadata is not None:
-            return list(json.loads(self.metadata.get("medusa_ext.eos_ids", "[]")))
+            try:
+                ids = json.loads(self.metadata.get("medusa_ext.eos_ids", "[]"))
+            except json.JSONDecodeError:
+                ids = "damaged"
+            return config_eos_ids(ids, vocab_size, f"{self.source.path}: medusa_ext.eos_ids")
         return hf.read_eos_ids(self.source.path, self.raw, loaded_tokenizer, vocab_size)
 
 
@@ -61,8 +66,7 @@ def open_checkpoint(
     Args:
         model: what `resolve` takes, or its result.
         heads: None, "auto" (those that come with the model, if any), a directory or hub id;
-            "prompt-lookup" needs
-            none either.
+            "prompt-lookup" needs none either.
         **hub: local_files_only, cache_dir and revision of `resolve`.
 
     Raises:
@@ -88,13 +92,15 @@ def open_checkpoint(
 
 
 def _open_directory(source: Source, with_heads: bool) -> tuple[Checkpoint, Heads | None]:
-    raw_path = source.path / "config.json"
-    if not raw_path.is_file():
+    path = source.path / "config.json"
+    if not path.is_file():
         raise LoadError(f"{source.path} is no model: config.json is missing")
-    tensors = hf.open_weights(source.path) if "model_type" in read_json(raw_path) else TensorSet([])
-    config, raw = hf.read_config(source.path, tensors)
+    raw = read_json(path)
+    config = from_hf(raw, str(path))
+    tensors = hf.open_weights(source.path)
+    hf.untie_if_different(config, tensors, path)
     entries = hf.entries(tensors, config)
-    own = heads_inside(tensors, raw, config, raw_path) if with_heads else None
+    own = heads_inside(tensors, raw, config, path) if with_heads else None
     return Checkpoint(source, config, entries, majority_dtype(entries), None, raw=raw), own
 
 
@@ -154,6 +160,8 @@ def _open_export(source: Source, with_heads: bool) -> tuple[Checkpoint, Heads | 
     ]
     tensors.refuse_others([entry.key for entry in entries + head_entries], lambda _: False)
     dtype = metadata.get("medusa_ext.dtype") or majority_dtype(entries)
+    if dtype not in FLOAT_BYTES:
+        raise LoadError(f"{source.given}: the metadata medusa_ext.dtype is {dtype!r}")
     own = Heads(info, heads, head_entries) if with_heads and heads["num_heads"] else None
     config["heads"] = dict(NO_HEADS)
     return Checkpoint(source, config, entries, dtype, None, metadata=metadata), own

@@ -33,6 +33,8 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+# Far beyond any model; they keep a damaged file from filling the memory.
+MAX_LAYERS, MAX_HEAD_DIM = 4096, 65536
 NO_HEADS: Config = {"num_heads": 0, "num_layers": 0, "shared_lm_head": True, "head_vocab": 0}
 
 
@@ -49,11 +51,11 @@ class Fields:
         value = self.values.get(key)
         return default if value is None else value
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0."""
+    def count(self, key: str, default: int | None = None, *, limit: int = 2**31 - 1) -> int:
+        """A whole number from 1 to `limit`."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise self.error(key, value, "a whole number above 0")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+            raise self.error(key, value, f"a whole number from 1 to {limit}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -115,19 +117,20 @@ def from_hf(values: Config, where: str) -> Config:
         raise LoadError(
             f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {num_heads}"
         )
-    head_dim = fields.count("head_dim", hidden // num_heads)
+    head_dim = fields.count("head_dim", hidden // num_heads, limit=MAX_HEAD_DIM)
     num_kv_heads = fields.count("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise LoadError(
             f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads "
             f"{num_kv_heads}"
         )
-    num_layers = fields.count("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers", limit=MAX_LAYERS)
     act = fields.get("hidden_act", "silu")
     if not isinstance(act, str) or act not in _ACTIVATIONS:
         raise fields.error("hidden_act", act, f"one of {', '.join(_ACTIVATIONS)}")
     max_context = fields.count("max_position_embeddings")
     params = _rope_params(fields, max_context)
+    rope = canonical_rope(params, head_dim, max_context, where)
     attention_bias = family in ("llama", "qwen3") and fields.flag("attention_bias")
     return {
         "family": family,
@@ -149,15 +152,15 @@ def from_hf(values: Config, where: str) -> Config:
         "embedding_scale": 1.0,
         "attention_scale": 0.0,
         "windows": _windows(fields, family, num_layers),
-        "rope": canonical_rope(params, head_dim, max_context, where),
+        "rope": rope,
         "heads": dict(NO_HEADS),
     }
 
 
 def _family(values: Config, where: str) -> str:
     family = values.get("model_type")
-    if family in _DEFAULTS:
-        return str(family)
+    if isinstance(family, str) and family in _DEFAULTS:
+        return family
     if family == "medusa" or (family is None and "medusa_num_heads" in values):
         raise LoadError(f"{where} describes Medusa heads, not a model; give its directory as heads")
     found = "is missing" if family is None else f"{family!r} is not supported"
@@ -180,7 +183,10 @@ def _refuse_unsupported(fields: Fields, family: str) -> None:
             fields.get("pretraining_tp"),
             "1: weights split for training are not read",
         )
-    if family == "mistral" and len(set(fields.get("layer_types", []))) > 1:
+    kinds = fields.get("layer_types", [])
+    if not isinstance(kinds, list):
+        raise fields.error("layer_types", kinds, "a list")
+    if family == "mistral" and any(kind != kinds[0] for kind in kinds):
         raise LoadError(
             f"{fields.where}: layer_types of more than one kind are not supported for mistral"
         )
@@ -228,7 +234,7 @@ def _windows(fields: Fields, family: str, num_layers: int) -> list[int]:
     if (
         not isinstance(kinds, list)
         or len(kinds) != num_layers
-        or not all(kind in known for kind in kinds)
+        or not all(isinstance(kind, str) and kind in known for kind in kinds)
     ):
         raise fields.error("layer_types", kinds, f"{num_layers} of {', '.join(known)}")
     return [known[kind] for kind in kinds]

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import mmap
+import re
 import sys
 import warnings
 import zipfile
@@ -108,13 +109,7 @@ class PickledTensors:
                 warnings.simplefilter("ignore")  # torch's own deprecations, of no use to our users
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # torch raises whatever its parser met
-            refused = "weights_only" in str(error) or "Unsupported" in str(error)
-            why = (
-                "it holds more than tensors, and code in checkpoints is never run"
-                if refused
-                else _first_line(error)
-            )
-            raise LoadError(f"{path} cannot be read as a checkpoint: {why}") from None
+            raise LoadError(f"{path} cannot be read as a checkpoint: {_why(error)}") from None
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
         if not isinstance(state, dict) or not all(
@@ -212,6 +207,12 @@ def drop_pages(address: int, num_bytes: int) -> None:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+def _why(error: BaseException) -> str:
+    """One line; torch's own advice to load with weights_only=False is not passed on."""
+    text = str(error)
+    code = re.search(r"GLOBAL ([\w.]+)", text)
+    if code:
+        return f"it asks for {code[1]}, and code in checkpoints is never run"
+    if "weights_only" in text or not text.strip():
+        return "it is damaged, or holds more than tensors"
+    return text.strip().splitlines()[0][:160]

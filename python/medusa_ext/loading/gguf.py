@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_ext.loading.config import NO_HEADS, Config, Fields
+from medusa_ext.loading.config import MAX_HEAD_DIM, MAX_LAYERS, NO_HEADS, Config, Fields
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.files import drop_pages
 from medusa_ext.loading.plan import Convert, Entry, TensorSet, base_shapes
@@ -216,7 +216,7 @@ def read_config(file: GgufFile) -> Config:
             "supported"
         )
     hidden, num_heads = fields.count("embedding_length"), fields.count("attention.head_count")
-    head_dim = fields.count("attention.key_length", hidden // num_heads)
+    head_dim = fields.count("attention.key_length", hidden // num_heads, limit=MAX_HEAD_DIM)
     if fields.count("attention.value_length", head_dim) != head_dim:
         raise LoadError(f"{file.path}: keys and values of different lengths are not supported")
     rotary_dim = fields.count("rope.dimension_count", head_dim)
@@ -230,7 +230,10 @@ def read_config(file: GgufFile) -> Config:
         raise LoadError(
             f"{file.path}: tensor token_embd.weight is missing; wanted shape [vocab_size, {hidden}]"
         )
-    num_layers, max_context = fields.count("block_count"), fields.count("context_length")
+    num_layers, max_context = (
+        fields.count("block_count", limit=MAX_LAYERS),
+        fields.count("context_length"),
+    )
     params = _rope_params(fields, max_context)
     rope = canonical_rope(params, head_dim, max_context, str(file.path))
     if "rope_freqs.weight" in file.tensors:

@@ -54,14 +54,19 @@ class _Style:
 
     block: re.Pattern[str]  # head, layer, kind
     projection: re.Pattern[str]  # head, and for original files the layer count
+    block_name: str  # what `block` matches, to name one that is missing
 
 
+_N = r"(0|[1-9]\d{0,3})"  # one spelling per number, so that no name stands for another
 _ORIGINAL = _Style(
-    re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)"), re.compile(r"(\d+)\.(\d+)\.weight")
+    re.compile(rf"{_N}\.{_N}\.linear\.(weight|bias)"),
+    re.compile(rf"{_N}\.{_N}\.weight"),
+    "{}.{}.linear.{}",
 )
 _VLLM = _Style(
-    re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)"),
-    re.compile(r"lm_heads?\.(?:(\d+)\.)?()weight"),
+    re.compile(rf"blocks\.{_N}\.layers\.{_N}\.(weight|bias)"),
+    re.compile(rf"(?:lm_heads\.{_N}|lm_head)\.()weight"),
+    "blocks.{}.layers.{}.{}",
 )
 
 
@@ -87,8 +92,7 @@ def open_heads(folder: Path, base: Config) -> Heads:
     if heads is None:
         raise LoadError(
             f"{folder} holds no Medusa heads; wanted medusa_lm_head.safetensors, "
-            "medusa_lm_head.pt, a config.json with "
-            'model_type "medusa", or tensors medusa_head.*'
+            'medusa_lm_head.pt, a config.json with model_type "medusa", or tensors medusa_head.*'
         )
     return heads
 
@@ -129,13 +133,8 @@ class _Reader:
         base: Config,
         path: Path,
     ) -> None:
-        self.tensors, self.prefix, self.letter, self.raw, self.path = (
-            tensors,
-            prefix,
-            letter,
-            raw,
-            path,
-        )
+        self.tensors, self.prefix, self.style = tensors, prefix, style
+        self.letter, self.raw, self.path = letter, raw, path
         self.hidden, self.vocab = base["hidden_size"], base["vocab_size"]
         self.blocks: dict[tuple[int, int, str], str] = {}
         self.projections: dict[int, tuple[int, str]] = {}
@@ -149,17 +148,18 @@ class _Reader:
         self._count()
 
     def _sort(self, name: str, rest: str, style: _Style) -> None:
-        if rest.endswith(("input_scale", "weight_scale")) or self.tensors.where[name].dtype(
-            name
-        ).startswith("F8"):
+        file = self.tensors.where[name]
+        if rest.endswith(("input_scale", "weight_scale")) or file.dtype(name).startswith("F8"):
             raise LoadError(
-                f"{self.tensors.where[name].path}: tensor {name} belongs to FP8 heads, which are "
-                "not supported"
+                f"{file.path}: tensor {name} belongs to FP8 heads, which are not supported"
             )
         if block := style.block.fullmatch(rest):
             self.blocks[int(block[1]), int(block[2]), block[3]] = name
         elif projection := style.projection.fullmatch(rest):
-            self.projections[int(projection[1] or 0)] = (int(projection[2] or 0), name)
+            head = int(projection[1] or 0)
+            if head in self.projections:
+                self._refuse(name)
+            self.projections[head] = (int(projection[2] or 0), name)
         elif rest == "token_map" and style is _VLLM:
             self.map_key = name
         else:
@@ -179,8 +179,6 @@ class _Reader:
         self.num_layers = max((layer for _, layer, _ in self.blocks), default=-1) + 1
         if self.num_heads == 0:
             raise LoadError(f"{self.tensors.describe()} holds no tensor of Medusa heads")
-        if self.num_heads > 1024:
-            raise LoadError(f"{self.tensors.describe()}: head {self.num_heads - 1} is out of range")
         claims = zip(
             ("heads", "layers"),
             _announced(self.raw),
@@ -217,7 +215,7 @@ class _Reader:
                         zeros.arrays[name] = np.zeros(shape, np.float32)
                         entries.append(Entry(name, shape, zeros, name))
                         continue
-                    missing = f"{self.prefix}{head}.{layer}.linear.{kind}"
+                    missing = self.prefix + self.style.block_name.format(head, layer, kind)
                     entries.append(self.tensors.entry(name, shape, key or missing))
         return entries
 

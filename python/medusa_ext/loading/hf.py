@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medusa_ext.loading.config import Config, eos_ids, from_hf, read_json
+from medusa_ext.loading.config import Config, eos_ids, read_json
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.files import PickledTensors, SafetensorsTensors, TensorFile
 from medusa_ext.loading.plan import Entry, TensorSet, base_shapes
@@ -78,11 +78,8 @@ def _open_shards(folder: Path, index: Path, kind: Callable[[Path], TensorFile]) 
     return tensors
 
 
-def read_config(folder: Path, tensors: TensorSet) -> tuple[Config, Config]:
-    """The canonical configuration without heads, and config.json as it is."""
-    path = folder / "config.json"
-    raw = read_json(path)
-    config = from_hf(raw, str(path))
+def untie_if_different(config: Config, tensors: TensorSet, path: Path) -> None:
+    """Where the config ties the embeddings but the weights hold two, believe the weights."""
     embed, head = _TOP["embed_tokens.weight"], _TOP["lm_head.weight"]
     if (
         config["tied_embeddings"]
@@ -97,7 +94,6 @@ def read_config(folder: Path, tensors: TensorSet) -> tuple[Config, Config]:
             stacklevel=2,
         )
         config["tied_embeddings"] = False
-    return config, raw
 
 
 def entries(tensors: TensorSet, config: Config) -> list[Entry]:

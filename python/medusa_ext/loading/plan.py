@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medusa_ext.loading.config import MAX_LAYERS
 from medusa_ext.loading.errors import LoadError, shape_text
 from medusa_ext.loading.files import FLOAT_BYTES, TensorFile
 
@@ -122,7 +123,7 @@ def base_shapes(config: dict[str, Any]) -> dict[str, Shape]:
         ("up_proj", f, d, config["mlp_bias"]),
         ("down_proj", d, f, config["mlp_bias"]),
     ]
-    for layer in range(config["num_layers"]):
+    for layer in range(_bounded(config["num_layers"])):
         prefix = f"layers.{layer}."
         shapes[prefix + "attn_norm.weight"] = (d,)
         shapes[prefix + "mlp_norm.weight"] = (d,)
@@ -140,8 +141,8 @@ def head_shapes(config: dict[str, Any]) -> dict[str, Shape]:
     """Canonical names and shapes of the Medusa heads that `config["heads"]` describes."""
     heads, d = config["heads"], config["hidden_size"]
     shapes: dict[str, Shape] = {}
-    for head in range(heads["num_heads"]):
-        for layer in range(heads["num_layers"]):
+    for head in range(_bounded(heads["num_heads"])):
+        for layer in range(_bounded(heads["num_layers"])):
             shapes[f"heads.{head}.{layer}.weight"] = (d, d)
             shapes[f"heads.{head}.{layer}.bias"] = (d,)
         if not heads["shared_lm_head"]:
@@ -153,6 +154,12 @@ def head_shapes(config: dict[str, Any]) -> dict[str, Shape]:
     ):
         shapes["heads.token_map"] = (heads["head_vocab"],)
     return shapes
+
+
+def _bounded(number: int) -> int:
+    if number > MAX_LAYERS:
+        raise LoadError(f"the config has {number} layers or heads; at most {MAX_LAYERS} are read")
+    return number
 
 
 def count(shape: Shape) -> int:

@@ -67,6 +67,10 @@ def canonical_rope(
         inv_freq = _llama3(inv_freq, params, where)
     elif kind == "yarn":
         inv_freq, rope["attention_scaling"] = _yarn(base, head_dim, params, max_context, where)
+    if not np.isfinite(inv_freq).all():
+        raise LoadError(
+            f"{where}: the rope parameters {params} give frequencies that are not finite"
+        )
     rope["inv_freq"] = [float(value) for value in inv_freq.astype(np.float32)]
     return rope
 
@@ -86,8 +90,10 @@ def reach(params: dict[str, Any], max_context: int) -> int:
 def _number(params: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
     value = params.get(key, default)
     valid = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not valid or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]
-        raise LoadError(f"{where}: rope parameter {key} is {value!r}; wanted a number above 0")
+    if not valid or not 1e-15 < value < 1e15:  # type: ignore[operator]
+        raise LoadError(
+            f"{where}: rope parameter {key} is {value!r}; wanted a number above 0 and below 1e15"
+        )
     return float(value)  # type: ignore[arg-type]
 
 
@@ -121,18 +127,22 @@ def _yarn(
         if params.get("factor") is not None
         else max_context / context
     )
-    scaling = params.get("attention_factor")
-    if scaling is None:
-        mscale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
-        if mscale and all_dim:
-            scaling = _magnitude(factor, mscale) / _magnitude(factor, all_dim)
-        else:
-            scaling = _magnitude(factor, 1.0)
+    if params.get("attention_factor") is not None:
+        scaling = _number(params, "attention_factor", where)
+    elif params.get("mscale") and params.get("mscale_all_dim"):
+        mscale, all_dim = (_number(params, key, where) for key in ("mscale", "mscale_all_dim"))
+        scaling = _magnitude(factor, mscale) / _magnitude(factor, all_dim)
+    else:
+        scaling = _magnitude(factor, 1.0)
+    fast = _number(params, "beta_fast", where) if params.get("beta_fast") else 32.0
+    slow = _number(params, "beta_slow", where) if params.get("beta_slow") else 1.0
+    if base == 1:
+        raise LoadError(f"{where}: rope_theta 1 has no yarn scaling")
 
     def correction(rotations: float) -> float:
         return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = correction(params.get("beta_fast") or 32), correction(params.get("beta_slow") or 1)
+    low, high = correction(fast), correction(slow)
     if params.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -144,7 +154,7 @@ def _yarn(
     kept = np.float32(1) - ramp
     plain = np.float32(1) / powers(base, dim)
     stretched = np.float32(1) / (np.float32(factor) * powers(base, dim))
-    return (stretched * (np.float32(1) - kept) + plain * kept).astype(np.float32), float(scaling)
+    return (stretched * (np.float32(1) - kept) + plain * kept).astype(np.float32), scaling
 
 
 def _magnitude(factor: float, mscale: float) -> float:

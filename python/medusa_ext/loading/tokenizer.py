@@ -1,5 +1,6 @@
 """Tokenizers as users of transformers know them, whatever the file they come from."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,31 @@ def from_directory(folder: Path) -> Any:  # noqa: ANN401 - a transformers tokeni
             from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        if (folder / "tokenizer.model").exists():
+            _need_sentencepiece(folder)
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
+    except LoadError:
+        raise
     except Exception as error:  # transformers and tokenizers raise whatever the file led them to
         lines = str(error).strip().splitlines()
         raise LoadError(
             f"the tokenizer in {folder} cannot be loaded: {lines[0][:200] if lines else error!r}"
         ) from error
+
+
+def _need_sentencepiece(folder: Path) -> None:
+    """What transformers needs to convert tokenizer.model; its own message names other packages."""
+    packages = {"sentencepiece": "sentencepiece", "protobuf": "google"}
+    missing = [name for name, module in packages.items() if not importlib.util.find_spec(module)]
+    if missing:
+        raise LoadError(
+            f"the tokenizer in {folder} is a SentencePiece model without tokenizer.json, which "
+            f"needs more packages; install them with: pip install {' '.join(missing)}"
+        )
 
 
 def wrap(tokenizer: Any, settings: dict[str, Any]) -> Any:  # noqa: ANN401 - tokenizers, transformers

@@ -93,7 +93,7 @@ def resolve_tree(
     try:
         spec = _core.TreeSpec.from_paths(paths)
     except ValueError as error:
-        raise ValueError(f"{what} is invalid: {error}") from None
+        raise ValueError(f"{what} is invalid: {str(error).removeprefix('tree: ')}") from None
     return _fitting(spec, what, num_heads, vocab_size)
 
 

@@ -3,16 +3,16 @@
 //   s[p] = scale * q . K[p];   w = exp(s - max s);   out = sum_p w[p] V[p] / sum_p w[p]
 //   over the logical positions p in [first, position] of the query
 //
-// Shapes    K block of a (page, head) [D/2][64][2] bf16 or [D][64] f16 | f32, so that a lane is a
-// key; V block [64][D] Traffic   K and V of the visible pages once for every tile of 8; 4 D flops
-// for each (query, key) Bits      Everything depends on (query position, key position) alone. A
-// score is one lane of dot_block. Scores
-//           are laid out by logical position: slots below prefix_len are their own, ancestors move
-//           down to prefix_len + rank. Sums of weights take lane p mod 16 from a multiple of 16 on;
-//           the weighted sum of V takes p rising one by one. The tile shares loads, never sums.
-// Masked    K of slots that a query does not see may be NaN: its score is computed in a lane of its
-// own and then
-//           overwritten or never read. V of such a slot is never multiplied.
+// Shapes    K block of a (page, head) [D/2][64][2] bf16 or [D][64] f16 | f32: a lane is a key
+//           V block [64][D]
+// Traffic   K and V of the visible pages once for every tile; 4 D flops for each (query, key)
+// Bits      Everything depends on (query position, key position) alone. A score is one lane of
+//           dot_block. Scores lie by logical position: slots below prefix_len are their own,
+//           ancestors move down to prefix_len + rank. The sum of weights takes lane p mod 16 from
+//           a multiple of 16 on; the weighted sum of V takes p rising one by one. A tile shares
+//           loads, never sums.
+// Masked    K of a slot that a query does not see may be NaN: its score has a lane of its own and
+//           is overwritten or never read. V of such a slot is never multiplied.
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/cpu/kernels/dot_block.h"
 #include "backend/cpu/kernels/kernels.h"

@@ -1,12 +1,10 @@
-// The inner loop of every product: M rows of x against C vectors of 16 outputs, each output in a
-// lane of its own.
+// The inner loop of every product: M rows of x against C vectors of 16 outputs, a lane each.
 //
-//   sum[m][c] lane j  +=  sum over k of  w[k][16 c + j] * x[m][k],   k rising one by one (bf16:
-//   pair by pair)
+//   sum[m][c] lane j  +=  sum over k of  w[k][16 c + j] * x[m][k],   k rising one by one
 //
 // The order of the sum of one (row, output) is that of its lane, so it cannot depend on M, on C or
-// on what the other rows and lanes hold. bf16 takes two k at once: one vdpbf16ps, elsewhere the
-// even product and then the odd one.
+// on what the other rows and lanes hold. bf16 takes k in pairs: one vdpbf16ps, elsewhere the even
+// product and then the odd one.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

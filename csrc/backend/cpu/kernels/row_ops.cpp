@@ -1,8 +1,7 @@
-// Loops over one row: RMSNorm, gated activations, the block of a Medusa head, rotation, conversion.
+// Loops over one row: RMSNorm, gated activations, a Medusa head's block, rotation, conversion.
 //
 // Traffic   each element is read and written once; at most about 20 flops each (exp)
-// Bits      every loop starts at the row's first element, so vectors and tail fall alike in every
-// row.
+// Bits      every loop starts at the row's first element: vectors and tail fall alike in every row
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/cpu/kernels/kernels.h"
 #include "backend/cpu/kernels/simd.h"

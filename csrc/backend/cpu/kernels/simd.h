@@ -1,10 +1,7 @@
 // V: a vector of 16 f32 lanes on every machine (one AVX-512 register, two of AVX2, four of 128
 // bits), so that one source serves all. Pairs: 16 lanes of two bf16 each. Nothing here rounds other
-// than to nearest even.
-//
-// All of it has internal linkage or lives in the namespace of its instruction set (see kernels.h).
-// The generic form uses the vector extension of GCC and Clang, which compiles for every 64-bit
-// platform.
+// than to nearest even. All of it has internal linkage or lives in the namespace of its instruction
+// set (see kernels.h).
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

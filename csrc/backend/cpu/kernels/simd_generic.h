@@ -1,5 +1,5 @@
-// V for every other 64-bit platform: four vectors of 128 bits in the vector extension of GCC and
-// Clang. Included by simd.h alone.
+// V for every other 64-bit platform, in the vector extension of GCC and Clang: four vectors of 128
+// bits. Included by simd.h alone.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -7,6 +7,7 @@ namespace medusa::cpu::MEDUSA_ISA {
 
 typedef float F4 __attribute__((vector_size(16)));
 typedef uint32_t U4 __attribute__((vector_size(16)));
+typedef uint16_t H4 __attribute__((vector_size(8)));
 
 struct V {
   F4 a, b, c, d;
@@ -39,16 +40,18 @@ MEDUSA_INLINE V load(const float* p) {
 }
 MEDUSA_INLINE void store(float* p, V x) { __builtin_memcpy(p, &x, sizeof(x)); }
 
-MEDUSA_INLINE float widen(F16 x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
-  if (rest >= 0x7c00) {  // infinity or NaN, made quiet as the hardware does
-    return float_of(sign | 0x7f800000u | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 0x400000u : 0));
-  }
-  if (rest < 0x400) {  // rest * 2^-24 is exact
-    const float value = static_cast<float>(rest) * 0x1p-24f;
-    return sign != 0 ? -value : value;
-  }
-  return float_of(sign | ((rest << 13) + (112u << 23)));
+MEDUSA_INLINE U4 widen_integers(const void* p) {
+  H4 x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return __builtin_convertvector(x, U4);
+}
+MEDUSA_INLINE F4 load_4(const Bf16* p) { return (F4)(widen_integers(p) << 16); }
+MEDUSA_INLINE F4 load_4(const F16* p) {
+  const U4 bits = widen_integers(p), rest = (bits & 0x7fffu) << 13;
+  const U4 finite = (U4)((F4)rest * 0x1p112f);  // moves the exponent; exact, subnormals too
+  // Infinity stays, NaN becomes quiet as the hardware makes it.
+  const U4 special = rest | 0x7f800000u | ((U4)(rest > 0x0f800000u) & 0x400000u);
+  return (F4)(((U4)(rest >= 0x0f800000u) ? special : finite) | (bits & 0x8000u) << 16);
 }
 MEDUSA_INLINE F16 narrow_f16(float x) {
   const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
@@ -72,9 +75,7 @@ MEDUSA_INLINE Bf16 narrow_bf16(float x) {
       static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 MEDUSA_INLINE V load(const F16* p) {
-  float x[kLanes];
-  for (int i = 0; i < kLanes; ++i) x[i] = widen(p[i]);
-  return load(x);
+  return {load_4(p), load_4(p + 4), load_4(p + 8), load_4(p + 12)};
 }
 MEDUSA_INLINE void store(F16* p, V v) {
   float x[kLanes];
@@ -82,9 +83,7 @@ MEDUSA_INLINE void store(F16* p, V v) {
   for (int i = 0; i < kLanes; ++i) p[i] = narrow_f16(x[i]);
 }
 MEDUSA_INLINE V load(const Bf16* p) {
-  float x[kLanes];
-  for (int i = 0; i < kLanes; ++i) x[i] = float_of(static_cast<uint32_t>(p[i].bits) << 16);
-  return load(x);
+  return {load_4(p), load_4(p + 4), load_4(p + 8), load_4(p + 12)};
 }
 MEDUSA_INLINE void store(Bf16* p, V v) {
   float x[kLanes];

@@ -1,9 +1,8 @@
-// top_k: the k greatest of one row, in falling order, ties to the lower id; NaN counts as
-// -infinity.
+// top_k: the k greatest of one row, falling, ties to the lower id; NaN counts as -infinity.
 //
-// Traffic   4 n bytes read once; a comparison of 16 values a step against the k-th best so far
-// Order     ids are met rising and a later value enters only if it is strictly greater, so ties
-// fall to the lower id.
+// Traffic   4 n bytes read once; 16 values a step are compared with the k-th best so far
+// Order     ids are met rising and a later value enters only if it is strictly greater, so that
+//           ties fall to the lower id.
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/cpu/kernels/kernels.h"
 #include "backend/cpu/kernels/simd.h"
