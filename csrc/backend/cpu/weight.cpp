@@ -1,6 +1,7 @@
 // Packed weights: make_weight, pack, embed and linear.
 // SPDX-License-Identifier: Apache-2.0
 #include <cstring>
+#include <vector>
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/layout.h"
@@ -135,13 +136,29 @@ void CpuBackend::do_linear(TensorView x, const Weight& weight, TensorView bias, 
   const int64_t work = num_blocks * matrix.block_bytes();
   const int64_t num_stripes = std::max<int64_t>(
       1, std::min({num_blocks, 4 * threads, work * std::min<int64_t>(R, 8) / kWorthBytes}));
+  const int64_t row_bytes = x.size(1) * dtype_bytes(x.dtype);
+  const auto first_of = [&](int64_t panel) { return R * panel / num_panels; };
+  const char* rows = x.as<char>();
+  if (R > 1) {
+    thread_local std::vector<char> memory;
+    if (memory.size() < static_cast<size_t>(R * row_bytes)) {
+      memory.resize(static_cast<size_t>(R * row_bytes));
+    }
+    char* arranged = memory.data();
+    pool_.run(static_cast<int>(num_panels), [&](int panel) {
+      const int64_t first = first_of(panel);
+      kernels_.arrange_rows(weight.dtype(), rows + first * row_bytes, first_of(panel + 1) - first,
+                            x.size(1), arranged + first * row_bytes);
+    });
+    rows = arranged;
+  }
   pool_.run(static_cast<int>(num_panels * num_stripes), [&](int task) {
     const int64_t panel = task / num_stripes, stripe = task % num_stripes;
-    const int64_t first_row = R * panel / num_panels, last_row = R * (panel + 1) / num_panels;
+    const int64_t first_row = first_of(panel), last_row = first_of(panel + 1);
     LinearTask part;
     part.dtype = weight.dtype();
     part.weight = matrix.block(0);
-    part.x = x.as<char>() + first_row * x.size(1) * dtype_bytes(x.dtype);
+    part.x = rows + first_row * row_bytes;
     part.bias = bias.as<float>();
     part.out = out.as<float>() + first_row * out.size(1);
     part.accumulate = accumulate;

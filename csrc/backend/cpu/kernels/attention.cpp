@@ -47,7 +47,7 @@ void score_page(const T* keys, const typename Operand<T>::X* q, int D, float* ou
   constexpr int kStep = Operand<T>::kStep;
   for (int key = 0; key < kPage; key += C * kLanes) {
     V sum[M][C];
-    dot_block<T, M, C, false>(keys + key * kStep, kPage * kStep, q, D, D, sum);
+    dot_block<T, M, C, false>(keys + key * kStep, kPage * kStep, q, D, sum);
     for (int m = 0; m < M; ++m) {
       for (int c = 0; c < C; ++c) store(out + m * stride + key + c * kLanes, sum[m][c]);
     }
@@ -165,8 +165,11 @@ void attention_of(const AttentionTile& tile) {
   const int D = tile.head_dim, n = tile.num_queries;
   const int64_t sum_stride = (D + kLanes - 1) / kLanes * kLanes;
   X* q = static_cast<X*>(tile.queries);
-  for (int i = 0; i < n; ++i)
-    __builtin_memcpy(q + int64_t{i} * D, tile.q[i], static_cast<size_t>(D) * sizeof(X));
+  for (int i = 0; i < n; i += kScoreQueries) {
+    const int m = n - i < kScoreQueries ? n - i : kScoreQueries;
+    interleave<X, Operand<T>::kStep>([&](int query) { return tile.q[i + query]; }, m, D,
+                                     q + int64_t{i} * D);
+  }
 
   // Scores by slot, then ancestors down to their logical positions: rank <= bit, so none is
   // overwritten before it moves.

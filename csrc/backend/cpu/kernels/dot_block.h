@@ -30,30 +30,44 @@ struct Operand<Bf16> {
   MEDUSA_INLINE V multiply_add(V sum, Pairs w, Pairs x) { return dot(sum, w, x); }
 };
 
-// w_step, x_stride in elements. kPrefetch: each step asks for C cache lines at `next`, which moves
-// by next_step bytes.
+// w_step in elements. x is [K / kStep][M][kStep], so that one pointer serves all rows. kPrefetch:
+// each step asks for C cache lines at `next`, which moves by next_step bytes. They go to the
+// second-level cache: it has more requests in flight than the first, and room for a block.
 template <class W, int M, int C, bool kPrefetch>
 MEDUSA_INLINE void dot_block(const W* w, int64_t w_step, const typename Operand<W>::X* x,
-                             int64_t x_stride, int64_t num_k, V (&sum)[M][C],
-                             const char* next = nullptr, int64_t next_step = 0) {
+                             int64_t num_k, V (&sum)[M][C], const char* next = nullptr,
+                             int64_t next_step = 0) {
   using Op = Operand<W>;
   using Wide = decltype(Op::load_w(w));
   constexpr int kVector = kLanes * Op::kStep;
   for (int m = 0; m < M; ++m) {
     for (int c = 0; c < C; ++c) sum[m][c] = zero();
   }
-  for (int64_t k = 0; k < num_k; k += Op::kStep, w += w_step, next += next_step) {
+  for (int64_t k = 0; k < num_k;
+       k += Op::kStep, w += w_step, x += M * Op::kStep, next += next_step) {
     Wide wide[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       wide[c] = Op::load_w(w + c * kVector);
-      if constexpr (kPrefetch) __builtin_prefetch(next + c * 64);
+      if constexpr (kPrefetch) __builtin_prefetch(next + c * 64, 0, 2);
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int m = 0; m < M; ++m) {
-      const Wide value = Op::load_x(x + m * x_stride + k);
+      const Wide value = Op::load_x(x + m * Op::kStep);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sum[m][c] = Op::multiply_add(sum[m][c], wide[c], value);
+    }
+  }
+}
+
+// Lays rows of x out as dot_block wants them; row_of(m) points to row m.
+template <class X, int kStep, class RowOf>
+MEDUSA_INLINE void interleave(RowOf row_of, int num_rows, int64_t num_k, X* out) {
+  for (int m = 0; m < num_rows; ++m) {
+    const auto* row = static_cast<const X*>(row_of(m));
+    X* to = out + m * kStep;
+    for (int64_t k = 0; k < num_k; k += kStep, to += num_rows * kStep) {
+      __builtin_memcpy(to, row + k, kStep * sizeof(X));
     }
   }
 }

@@ -20,7 +20,7 @@ constexpr int kMaxAncestorWords = 4;
 struct LinearTask {
   DType dtype;         // of the weight
   const void* weight;  // packed, all N outputs
-  const void* x;       // [num_rows, K] bf16 for bf16 weights, else f32
+  const void* x;       // [num_rows, K] bf16 for bf16 weights, else f32, as arrange_rows left it
   const float* bias;   // [N] or null
   float* out;          // [num_rows, N]
   bool accumulate;
@@ -51,6 +51,9 @@ struct AttentionTile {
 
 struct Kernels {
   const char* name;
+  // The num_rows rows of one LinearTask in the order that it reads; a single row stays as it is.
+  void (*arrange_rows)(DType weight_dtype, const void* x, int64_t num_rows, int64_t num_inputs,
+                       void* out);
   void (*linear)(const LinearTask& task);
   void (*attention)(const AttentionTile& tile);
   // One row each. out is bf16 if out_bf16, else f32.

@@ -1,7 +1,7 @@
 // linear: out [R, N] = (accumulate ? out : 0) + (x [R, K] W^T + bias), f32 sums.
 //
 // Shapes    W packed [N/32][K/2][32][2] bf16, or [N/32][K][32] f16 | f32, N padded with zeros
-//           x [R, K] bf16 for bf16 weights, else f32
+//           x [R, K] bf16 for bf16 weights, else f32; each tile of rows interleaved
 // Traffic   N K bytes(W) once for every 120 rows; R (K + N) of activations. 2 R N K flops.
 //           SmolLM2-135M, bf16, 1 row: 269 MB a pass
 // Bits      a (row, output) is one lane that runs over K in one order (dot_block.h); rows are
@@ -35,8 +35,7 @@ void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_
   for (int part = 0; part < kColumns; part += C * kLanes, w += C * kVector) {
     V sum[M][C];
     const int64_t next_step = next_bytes / kParts * Op::kStep / task.num_inputs;
-    dot_block<W, M, C, true>(w, kColumns * Op::kStep, x, task.num_inputs, task.num_inputs, sum,
-                             next, next_step);
+    dot_block<W, M, C, true>(w, kColumns * Op::kStep, x, task.num_inputs, sum, next, next_step);
     next += next_bytes / kParts;
     for (int c = 0; c < C; ++c) {
       const int64_t output = first_output + part + c * kLanes;
@@ -51,6 +50,16 @@ void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_
       }
     }
   }
+}
+
+// Rows of a tile at most. Pairs of bf16 need twice the registers where they are widened.
+template <class W>
+constexpr int64_t tile_rows() {
+#if defined(MEDUSA_SIMD_AVX2)
+  return kMaxRows;
+#else
+  return Operand<W>::kStep == 2 ? 1 : kMaxRows;
+#endif
 }
 
 template <class W>
@@ -75,23 +84,19 @@ void linear_of(const LinearTask& task) {
       rows_of_block<W, 12>,
 #endif
   };
-#if defined(MEDUSA_SIMD_AVX2)
-  constexpr int64_t kTileRows = kMaxRows;
-#else
-  constexpr int64_t kTileRows = Operand<W>::kStep == 2 ? 1 : kMaxRows;  // pairs need the registers
-#endif
+  constexpr int64_t kTileRows = tile_rows<W>();
   const int64_t num_tiles = (task.num_rows + kTileRows - 1) / kTileRows;
   const int64_t block_elements = kColumns * task.num_inputs;
   const int64_t block_bytes = block_elements * static_cast<int64_t>(sizeof(W));
   const W* weight = static_cast<const W*>(task.weight);
-  // Where a block is passed over once, fetch a little ahead; where several times, each pass fetches
-  // its share of the next block, so that memory and arithmetic overlap evenly. (Fetching past the
-  // end is harmless.)
-  const bool one_pass = task.num_rows <= kWideRows;
+  // Few rows wait for memory: fetch a little ahead. Many rows compute: each pass over a block
+  // fetches its share of the next one, so that both overlap evenly. (Fetching past the end is
+  // harmless.)
+  const bool waits_for_memory = task.num_rows <= 3;
   for (int64_t block = task.first_block; block < task.last_block; ++block) {
     const W* w = weight + block * block_elements;
     const char* next = reinterpret_cast<const char*>(w);
-    next += one_pass ? kNearBytes : block + 1 < task.last_block ? block_bytes : 0;
+    next += waits_for_memory ? kNearBytes : block + 1 < task.last_block ? block_bytes : 0;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // nearly equal: 13 rows are 6 and 7
       const int64_t first = task.num_rows * tile / num_tiles;
       const int64_t last = task.num_rows * (tile + 1) / num_tiles;
@@ -101,7 +106,25 @@ void linear_of(const LinearTask& task) {
   }
 }
 
+template <class W>
+void arrange_of(const void* x, int64_t num_rows, int64_t num_inputs, void* out) {
+  using X = typename Operand<W>::X;
+  const int64_t num_tiles = (num_rows + tile_rows<W>() - 1) / tile_rows<W>();
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    const int64_t first = num_rows * tile / num_tiles, last = num_rows * (tile + 1) / num_tiles;
+    const auto row_of = [&](int m) { return static_cast<const X*>(x) + (first + m) * num_inputs; };
+    interleave<X, Operand<W>::kStep>(row_of, static_cast<int>(last - first), num_inputs,
+                                     static_cast<X*>(out) + first * num_inputs);
+  }
+}
+
 }  // namespace
+
+void arrange_rows(DType dtype, const void* x, int64_t num_rows, int64_t num_inputs, void* out) {
+  if (dtype == DType::bf16) return arrange_of<Bf16>(x, num_rows, num_inputs, out);
+  if (dtype == DType::f16) return arrange_of<F16>(x, num_rows, num_inputs, out);
+  arrange_of<float>(x, num_rows, num_inputs, out);
+}
 
 void linear(const LinearTask& task) {
   if (task.dtype == DType::bf16) return linear_of<Bf16>(task);

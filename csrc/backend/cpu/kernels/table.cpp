@@ -10,6 +10,7 @@
 namespace medusa::cpu {
 namespace MEDUSA_ISA {
 
+void arrange_rows(DType, const void*, int64_t, int64_t, void*);
 void linear(const LinearTask&);
 void attention(const AttentionTile&);
 void rms_norm(const float*, const float*, float, int64_t, void*, bool);
@@ -26,6 +27,7 @@ void convert(const void*, DType, void*, DType, int64_t);
 const Kernels& MEDUSA_JOIN(kernels_, MEDUSA_ISA)() {
   static constexpr Kernels kTable{
       .name = MEDUSA_TEXT(MEDUSA_ISA),
+      .arrange_rows = MEDUSA_ISA::arrange_rows,
       .linear = MEDUSA_ISA::linear,
       .attention = MEDUSA_ISA::attention,
       .rms_norm = MEDUSA_ISA::rms_norm,
