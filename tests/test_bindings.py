@@ -15,6 +15,7 @@ import pytest
 
 import medusa_ext
 from medusa_ext import _core
+from util import PagedCase, prompt_rows
 
 VOCAB = 61
 
@@ -394,3 +395,24 @@ def test_safetensors_views_outlive_their_file(tmp_path):
     np.testing.assert_array_equal(odd, np.arange(3))
     with pytest.raises(ValueError, match="read-only"):
         view[0, 0] = 1
+
+
+def test_a_sequence_beyond_the_page_table_is_refused(backend: _core.Backend) -> None:
+    case = PagedCase(backend, [64])
+    rows = prompt_rows(2, 0, 2)
+    cos = np.ones((2, case.head_dim // 2), np.float32)
+    qkv = np.zeros((2, (2 + 2 * case.num_kv_heads) * case.head_dim), np.float32)
+    q = np.zeros((2, 2, case.head_dim), np.float32)
+    calls = {
+        "read_kv": lambda: case.cache.read(0, 2, 0),
+        "rope_write": lambda: _core.ops.rope_write(
+            backend, qkv, rows, cos, cos, None, None, 1e-5, case.cache, 0
+        ),
+        "tree_attention": lambda: _core.ops.tree_attention(
+            backend, q, case.cache, 0, rows, 1.0, 0, "f32"
+        ),
+        "compact_kv": lambda: _core.ops.compact_kv(backend, case.cache, [(2, 0, [0, 2])]),
+    }
+    for op, call in calls.items():
+        with pytest.raises(ValueError, match=rf"^{op}: .*sequence .*page table has 2 lines"):
+            call()

@@ -58,10 +58,16 @@ void check_rows(const char* op, const Rows& rows, int64_t num_rows) {
 }
 
 void check_cache(const char* op, const KvCache& cache, int layer) {
-  MEDUSA_CHECK_ARG(cache.buffer && cache.page_table && cache.max_pages > 0, op,
-                   ": the cache has no memory or no page table");
+  MEDUSA_CHECK_ARG(
+      cache.buffer && cache.page_table && cache.max_pages > 0 && cache.num_sequences > 0, op,
+      ": the cache has no memory or no page table");
   MEDUSA_CHECK_ARG(layer >= 0 && layer < cache.shape.num_layers, op, ": layer is ", layer,
                    "; the cache has ", cache.shape.num_layers);
+}
+
+void check_sequence(const char* op, const KvCache& cache, int sequence) {
+  MEDUSA_CHECK_ARG(sequence >= 0 && sequence < cache.num_sequences, op, ": sequence is ", sequence,
+                   "; the page table has ", cache.num_sequences, " lines");
 }
 
 }  // namespace
@@ -234,9 +240,9 @@ void Backend::verify(TensorView logits, std::span<const VerifyItem> items) {
 void Backend::compact_kv(KvCache& cache, std::span<const KvMove> moves) {
   check_cache("compact_kv", cache, 0);
   for (const KvMove& move : moves) {
-    MEDUSA_CHECK_ARG(
-        move.sequence >= 0 && move.len >= 0 && move.n >= 0 && (move.n == 0 || move.path),
-        "compact_kv: a move has sequence ", move.sequence, ", len ", move.len, ", n ", move.n);
+    check_sequence("compact_kv", cache, move.sequence);
+    MEDUSA_CHECK_ARG(move.len >= 0 && move.n >= 0 && (move.n == 0 || move.path),
+                     "compact_kv: a move has len ", move.len, ", n ", move.n);
     for (int i = 0; i < move.n; ++i) {
       MEDUSA_CHECK_ARG(move.path[i] > (i == 0 ? -1 : move.path[i - 1]), "compact_kv: path[", i,
                        "] is ", move.path[i], "; a path must rise strictly");
@@ -261,9 +267,9 @@ void Backend::copy_page(KvCache& cache, int src, int dst, int num_tokens) {
 
 void Backend::read_kv(const KvCache& cache, int layer, int sequence, int slot, float* k, float* v) {
   check_cache("read_kv", cache, layer);
-  MEDUSA_CHECK_ARG(sequence >= 0 && slot >= 0 && slot / kPageTokens < cache.max_pages && k && v,
-                   "read_kv: sequence ", sequence, ", slot ", slot, "; a sequence has ",
-                   cache.max_pages, " pages");
+  check_sequence("read_kv", cache, sequence);
+  MEDUSA_CHECK_ARG(slot >= 0 && slot / kPageTokens < cache.max_pages && k && v, "read_kv: slot is ",
+                   slot, "; a sequence has ", cache.max_pages, " pages");
   do_read_kv(cache, layer, sequence, slot, k, v);
 }
 

@@ -20,6 +20,7 @@ Scheduler::Scheduler(const Model& model, const SessionOptions& options, int max_
   page_table_.assign(static_cast<size_t>(options.max_batch) * static_cast<size_t>(cache_.max_pages),
                      0);
   cache_.page_table = page_table_.data();
+  cache_.num_sequences = options.max_batch;
   for (int line = options.max_batch - 1; line >= 0; --line) free_lines_.push_back(line);
 }
 

@@ -27,6 +27,7 @@ void score(const Model& model, std::span<const int32_t> tokens, int chunk, float
   for (int i = 0; i < num_pages; ++i) page_table[static_cast<size_t>(i)] = i;
   KvCache cache = model.backend->make_kv_cache(model.kv_shape(num_pages));
   cache.page_table = page_table.data();
+  cache.num_sequences = 1;
   cache.max_pages = num_pages;
 
   const int max_rows = std::min(chunk, num_tokens);

@@ -77,6 +77,7 @@ struct KvCache {
   KvShape shape;
   std::unique_ptr<Buffer> buffer;
   const int32_t* page_table = nullptr;  // [sequences, max_pages]; slot s: [s / 64]
+  int num_sequences = 0;                // lines of the page table
   int max_pages = 0;                    // per sequence
 };
 

@@ -108,6 +108,7 @@ std::unique_ptr<TestCache> make_cache(std::shared_ptr<Backend> backend, int num_
   test->cache =
       backend->make_kv_cache({num_layers, num_kv_heads, head_dim, parse_dtype(dtype), num_pages});
   test->cache.page_table = test->page_table.data();
+  test->cache.num_sequences = static_cast<int>(pages.size(0));
   test->cache.max_pages = static_cast<int>(pages.size(1));
   // All bits set is a NaN in f32, f16 and bf16.
   std::memset(test->cache.buffer->data(), 0xFF,

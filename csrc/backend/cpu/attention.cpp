@@ -35,8 +35,11 @@ void check_row(const Rows& rows, int row, const KvCache& cache) {
     num_ancestors += std::popcount(bits);
     if (bits != 0) last_slot = rows.prefix_len[row] + word * 64 + 63 - std::countl_zero(bits);
   }
+  MEDUSA_CHECK_ARG(rows.sequence[row] >= 0 && rows.sequence[row] < cache.num_sequences,
+                   "tree_attention: row ", row, " is of sequence ", rows.sequence[row],
+                   "; the page table has ", cache.num_sequences, " lines");
   MEDUSA_CHECK_ARG(
-      rows.prefix_len[row] >= 0 && rows.position[row] >= 0 && rows.sequence[row] >= 0 &&
+      rows.prefix_len[row] >= 0 && rows.position[row] >= 0 &&
           int64_t{rows.prefix_len[row]} + num_ancestors == int64_t{rows.position[row]} + 1,
       "tree_attention: row ", row, " at position ", rows.position[row], " has prefix_len ",
       rows.prefix_len[row], " and ", num_ancestors, " ancestors; their sum must be position + 1");

@@ -58,9 +58,11 @@ void CpuBackend::do_rope_write(TensorView qkv, const Rows& rows, TensorView cos,
   const int64_t bytes = dtype_bytes(dtype), pair = pair_of(dtype);
   for (int row = 0; row < rows.num_rows; ++row) {
     const int32_t sequence = rows.sequence[row], slot = rows.slot[row];
-    MEDUSA_CHECK_ARG(sequence >= 0 && slot >= 0 && slot / kPage < cache.max_pages,
+    MEDUSA_CHECK_ARG(sequence >= 0 && sequence < cache.num_sequences && slot >= 0 &&
+                         slot / kPage < cache.max_pages,
                      "rope_write: row ", row, " has sequence ", sequence, ", slot ", slot,
-                     "; a sequence has ", cache.max_pages, " pages");
+                     "; the page table has ", cache.num_sequences, " lines of ", cache.max_pages,
+                     " pages");
     const int32_t page = cache.page_table[int64_t{sequence} * cache.max_pages + slot / kPage];
     MEDUSA_CHECK_ARG(page >= 0 && page < cache.shape.num_pages, "rope_write: row ", row,
                      " writes slot ", slot, " of sequence ", sequence, " to page ", page,
