@@ -4,6 +4,7 @@
 #include "medusa/backend.h"
 
 #include <initializer_list>
+#include <limits>
 #include <sstream>
 
 #include "medusa/error.h"
@@ -96,11 +97,15 @@ void Backend::pack(Weight& weight, int64_t first_output, TensorView src) {
 
 KvCache Backend::make_kv_cache(const KvShape& shape) {
   check_float("make_kv_cache", shape.dtype);
-  MEDUSA_CHECK_ARG(shape.num_layers > 0 && shape.num_kv_heads > 0 && shape.num_pages > 0,
-                   "make_kv_cache: ", shape.num_layers, " layers, ", shape.num_kv_heads, " heads, ",
-                   shape.num_pages, " pages; all must be positive");
-  MEDUSA_CHECK_ARG(shape.head_dim > 0 && shape.head_dim % 2 == 0, "make_kv_cache: head_dim is ",
-                   shape.head_dim, "; must be even and positive");
+  constexpr int kMaxSize = 65536;  // of an axis, so that page_bytes() cannot overflow
+  MEDUSA_CHECK_ARG(shape.num_layers > 0 && shape.num_layers <= kMaxSize && shape.num_kv_heads > 0 &&
+                       shape.num_kv_heads <= kMaxSize,
+                   "make_kv_cache: ", shape.num_layers, " layers of ", shape.num_kv_heads,
+                   " heads; each must be 1 to ", kMaxSize);
+  MEDUSA_CHECK_ARG(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= 1024,
+                   "make_kv_cache: head_dim is ", shape.head_dim, "; must be even, 2 to 1024");
+  MEDUSA_CHECK_ARG(shape.num_pages > 0, "make_kv_cache: ", shape.num_pages,
+                   " pages; must be positive");
   MEDUSA_CHECK_ARG(shape.num_pages < kMaxElements / shape.page_bytes(),
                    "make_kv_cache: ", shape.num_pages, " pages of ", shape.page_bytes(),
                    " bytes exceed the address space");
@@ -222,17 +227,25 @@ void Backend::top_k(TensorView x, TensorView ids, TensorView values) {
 
 void Backend::verify(TensorView logits, std::span<const VerifyItem> items) {
   check_view("verify", "logits", logits, {DType::f32}, {kAny, kAny});
+  const int64_t vocab = logits.size(1);
+  MEDUSA_CHECK_ARG(vocab > 0 && vocab <= std::numeric_limits<int32_t>::max(),
+                   "verify: logits have ", vocab, " columns; want one per vocabulary id");
   for (const VerifyItem& item : items) {
     MEDUSA_CHECK_ARG(item.tree && item.sampling && item.accepted,
                      "verify: an item lacks its tree, sampling or accepted");
     MEDUSA_CHECK_ARG(
-        item.first_row >= 0 && item.first_row + item.tree->num_nodes() <= logits.size(0),
+        item.first_row >= 0 && int64_t{item.first_row} + item.tree->num_nodes() <= logits.size(0),
         "verify: a tree of ", item.tree->num_nodes(), " nodes starts at row ", item.first_row,
         "; logits have ", logits.size(0), " rows");
     MEDUSA_CHECK_ARG(item.max_tokens >= 1, "verify: max_tokens is ", item.max_tokens,
                      "; want 1 or more");
     MEDUSA_CHECK_ARG(!item.tokens.empty() && item.tokens.back() == item.tree->token(0),
                      "verify: the last token of the text must be the root of its tree");
+    for (int node = 0; node < item.tree->num_nodes(); ++node) {
+      const int32_t token = item.tree->token(node);
+      MEDUSA_CHECK_ARG(token >= 0 && token < vocab, "verify: node ", node, " holds token ", token,
+                       "; the vocabulary has ", vocab);
+    }
   }
   if (!items.empty()) do_verify(logits, items);
 }

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <vector>
 
 #include "medusa/error.h"
@@ -37,6 +38,7 @@ class MedusaDrafter final : public Drafter {
   int max_nodes() const override { return tree_.num_nodes(); }
 
   void draft(std::span<const DraftInput> inputs, std::span<DraftTree> trees) override {
+    const std::lock_guard lock(mutex_);
     std::vector<size_t> ready;
     int depth = 0;
     for (size_t i = 0; i < inputs.size(); ++i) {
@@ -155,6 +157,7 @@ class MedusaDrafter final : public Drafter {
   TreeSpec tree_;
   Backend& ops_;
   int head_vocab_ = 0, num_ranks_ = 0;
+  std::mutex mutex_;  // two sessions may hold one drafter by mistake; they shall only be slow
   std::unique_ptr<Buffer> u_, y_, copy_, logits_;
   std::vector<int32_t> candidates_, identity_;
   std::vector<float> values_;

@@ -76,17 +76,13 @@ Scheduler::Donor Scheduler::find_donor(const Sequence& sequence) {
   Donor donor;
   const int length = rope_length(sequence);
   if (const CachedText* text = kept_.find(sequence.tokens, length)) {
-    donor = {text->tokens, &text->pages};
+    donor = {&text->pages, common_prefix(text->tokens, sequence.tokens)};
   }
-  int shared = common_prefix(donor.tokens, sequence.tokens);
   for (const auto& other : active_) {
     if (rope_length(*other) != length) continue;
     const std::span<const int32_t> text(other->tokens.data(), static_cast<size_t>(other->len));
-    const int common = common_prefix(text, sequence.tokens);
-    if (common > shared) {
-      shared = common;
-      donor = {text, &other->pages};
-    }
+    const int shared = common_prefix(text, sequence.tokens);
+    if (shared > donor.shared) donor = {&other->pages, shared};
   }
   return donor;
 }
@@ -99,8 +95,7 @@ void Scheduler::start(std::unique_ptr<Sequence> owned) {
   if (reuse_ && sequence.request.reuse_prefix) {
     const Donor donor = find_donor(sequence);
     // The root's own K and V are never taken over: its pass gives the logits.
-    const int shared = std::min(common_prefix(donor.tokens, sequence.tokens),
-                                static_cast<int>(sequence.tokens.size()) - 1);
+    const int shared = std::min(donor.shared, static_cast<int>(sequence.tokens.size()) - 1);
     // References first: taking a page for the copy may drop the donor.
     for (int i = 0; i < pages_for(shared); ++i) {
       const int page = (*donor.pages)[static_cast<size_t>(i)];

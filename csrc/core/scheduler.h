@@ -59,12 +59,11 @@ class Scheduler {
   bool idle() const { return active_.empty() && waiting_.empty(); }
   KvCache& cache() { return cache_; }
   void fill_stats(SessionStats& stats) const;
-  int64_t set_backs() const { return set_backs_; }
 
  private:
   struct Donor {
-    std::span<const int32_t> tokens;
     const std::vector<int>* pages = nullptr;
+    int shared = 0;  // tokens that it has in common with the text
   };
   int pages_for(int64_t slots) const;
   int pages_wanted(const Sequence& sequence) const;

@@ -3,8 +3,11 @@
 #include "medusa/session.h"
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
 #include <mutex>
 #include <set>
+#include <thread>
 #include <utility>
 
 #include "core/forward.h"
@@ -25,8 +28,10 @@ SessionOptions checked(SessionOptions options, const Model& model) {
                    options.max_batch, ", allowed is 1 to 1024");
   MEDUSA_CHECK_ARG(options.prefill_chunk >= 1 && options.prefill_chunk <= 8192, "prefill_chunk is ",
                    options.prefill_chunk, ", allowed is 1 to 8192");
-  MEDUSA_CHECK_ARG(options.cache_tokens >= 0, "cache_tokens is ", options.cache_tokens,
-                   ", allowed is 0 (automatic) or a positive number");
+  constexpr int64_t kMaxCacheTokens = int64_t{1} << 30;
+  MEDUSA_CHECK_ARG(options.cache_tokens >= 0 && options.cache_tokens <= kMaxCacheTokens,
+                   "cache_tokens is ", options.cache_tokens, ", allowed is 0 (automatic) to ",
+                   kMaxCacheTokens);
   constexpr int64_t kDefaultCacheTokens = 16384;
   if (options.cache_tokens == 0) {
     options.cache_tokens =
@@ -69,7 +74,8 @@ struct Session::State {
   const int max_nodes;
   const bool needs_commit;
 
-  std::mutex step_mutex;  // one step at a time; guards what follows
+  std::atomic<std::thread::id> stepping;  // the thread that is in step()
+  std::mutex step_mutex;                  // one step at a time; guards what follows
   Scheduler scheduler;
   Workspace workspace;
   std::vector<Event> events;  // survive a step that throws
@@ -147,7 +153,11 @@ SessionStats Session::stats() const {
 
 std::vector<Event> Session::step() {
   State& s = *state_;
+  MEDUSA_CHECK_ARG(s.stepping != std::this_thread::get_id(),
+                   "step was called from inside a step, by a method of the drafter");
   const std::lock_guard lock(s.step_mutex);
+  s.stepping = std::this_thread::get_id();
+  const std::shared_ptr<void> reset(nullptr, [&](void*) { s.stepping = std::thread::id(); });
   s.receive();
   s.scheduler.admit();
   if (!s.scheduler.active().empty()) {
@@ -283,8 +293,16 @@ void Session::State::run() {
     if (needs_commit && !over) told.emplace_back(sequence.get(), first_row);
   }
   for (const int64_t id : ended) scheduler.remove(id);
-  // Last, so that a drafter that throws loses nothing.
-  for (const auto& [sequence, first_row] : told) tell_drafter(*sequence, hidden + first_row * d);
+  // Last and all of them, so that a drafter that throws for one text loses nothing of another.
+  std::exception_ptr error;
+  for (const auto& [sequence, first_row] : told) {
+    try {
+      tell_drafter(*sequence, hidden + first_row * d);
+    } catch (...) {
+      if (!error) error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
 }
 
 // The tokens that this step put into the cache, with the hidden rows that the pass gave them.

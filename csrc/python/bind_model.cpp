@@ -46,6 +46,10 @@ py::array file_array(const std::shared_ptr<SafetensorsFile>& file, const std::st
   if (numpy == nullptr) {
     int64_t count = 1;
     for (const int64_t size : shape) count *= size;
+    if (count != 0 && tensor.num_bytes % count != 0) {
+      throw UnsupportedError(concat("tensor ", name, " is stored as ", tensor.dtype,
+                                    ", whose elements are smaller than a byte"));
+    }
     shape.push_back(count == 0 ? 1 : tensor.num_bytes / count);
     numpy = "uint8";
   }
@@ -134,7 +138,7 @@ void bind_model(py::module_& m) {
           [](ModelBuilder& builder, const std::string& name, const py::array& array,
              const std::optional<std::string>& dtype) {
             const TensorView view = borrow(array, dtype, name);
-            const py::gil_scoped_release release;
+            const ReleasedLock release;
             builder.add(name, view);
           },
           py::arg("name"), py::arg("array"), py::arg("dtype") = py::none())
@@ -165,7 +169,7 @@ void bind_model(py::module_& m) {
         const auto rows = static_cast<int64_t>(ids.size());
         float* logits_out = output(logits, "logits", rows, model.config.vocab_size);
         float* hidden_out = output(hidden, "hidden", rows, model.config.hidden_size);
-        const py::gil_scoped_release release;
+        const ReleasedLock release;
         score(model, ids, chunk, logits_out, hidden_out);
       },
       py::arg("model"), py::arg("tokens"), py::arg("chunk"), py::arg("logits"), py::arg("hidden"));

@@ -280,6 +280,9 @@ void bind_attention_ops(py::class_<Ops>& ops) {
         const KvShape& shape = test.cache.shape;
         const int64_t num_heads =
             view_of(qkv).size(1) / shape.head_dim - int64_t{2} * shape.num_kv_heads;
+        MEDUSA_CHECK_ARG(num_heads > 0, "rope_write: qkv is ", shape_string(view_of(qkv)),
+                         "; wanted more columns than ", int64_t{2} * shape.num_kv_heads,
+                         " heads of ", shape.head_dim);
         const Activation32 q(
             TensorView(nullptr, DType::f32, arrays.rows.num_rows, num_heads, shape.head_dim),
             query_dtype(backend, test));

@@ -6,9 +6,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "medusa/error.h"
@@ -22,7 +24,29 @@ void bind_model(py::module_& m);
 void bind_session(py::module_& m);
 void bind_ops(py::module_& m);
 
-using Release = py::call_guard<py::gil_scoped_release>;
+// Lets other Python threads run during a call. A daemon thread that comes back while the
+// interpreter ends must stop here: CPython before 3.14 would end it by unwinding the C++ frames
+// below.
+class ReleasedLock {
+ public:
+  ReleasedLock() : state_(PyEval_SaveThread()) {}
+  ~ReleasedLock() noexcept(false) {
+#if PY_VERSION_HEX >= 0x030D0000
+    const bool finalizing = Py_IsFinalizing() != 0;
+#else
+    const bool finalizing = _Py_IsFinalizing() != 0;
+#endif
+    while (finalizing) std::this_thread::sleep_for(std::chrono::hours(1));
+    PyEval_RestoreThread(state_);
+  }
+  ReleasedLock(const ReleasedLock&) = delete;
+  ReleasedLock& operator=(const ReleasedLock&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+using Release = py::call_guard<ReleasedLock>;
 
 // A C-contiguous array of rank 1 to 3 as it lies; valid while `array` lives. `dtype` names the
 // elements where NumPy cannot ("bf16" in a uint16 array); `name` stands in the errors.

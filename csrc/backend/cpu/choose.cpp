@@ -1,13 +1,13 @@
 // choose: the model's own token at a node, and the walk or the typical rule over a tree.
 //
 //   exact     v = root; loop: emit x_v; if a child of v holds x_v, v = that child, else stop
-//   typical   child c stands if p_v(c) > min(epsilon, delta exp(-H(p_v))); the deepest standing
-//   node wins
+//   typical   child c stands if p_v(c) > min(epsilon, delta exp(-H(p_v))); of the standing nodes
+//             the deepest wins
 //
 // Shapes    logits [N, V] f32; one tree per item, its nodes in consecutive rows
-// Traffic   4 V bytes per visited node for each pass; only the nodes that the walk visits are read
-// Exact     every emitted token is the model's own choice at its position, whatever the tree
-// proposes Source    Gumbel-max coupling, arXiv:2408.07978; typical acceptance, arXiv:2401.10774
+// Traffic   4 V bytes for each pass over a visited node; only nodes that the walk visits are read
+// Exact     every emitted token is the model's own choice at its position, whatever was proposed
+// Source    Gumbel-max coupling, arXiv:2408.07978; typical acceptance, arXiv:2401.10774
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/cpu/choose.h"
 
@@ -16,6 +16,7 @@
 #include <cmath>
 #include <limits>
 
+#include "medusa/error.h"
 #include "medusa/noise.h"
 
 namespace medusa::cpu {
@@ -27,12 +28,20 @@ constexpr float kLowest = -std::numeric_limits<float>::infinity();
 int32_t argmax(const float* values, int64_t n) {
   int64_t best = 0;
   float best_value = kLowest;
-  constexpr int64_t kBlock = 256;
+  constexpr int64_t kBlock = 256, kMaxima = 16;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = std::min(n, start + kBlock);
-    // A branch-free maximum first: almost no block holds a new best, and it vectorises.
-    float block_max = kLowest;
-    for (int64_t i = start; i < end; ++i) block_max = values[i] > block_max ? values[i] : block_max;
+    // The maximum first, in lanes of their own so that it vectorises: few blocks hold a new best.
+    float maxima[kMaxima];
+    std::fill(maxima, maxima + kMaxima, kLowest);
+    int64_t i = start;
+    for (; i + kMaxima <= end; i += kMaxima) {
+      for (int64_t lane = 0; lane < kMaxima; ++lane) {
+        maxima[lane] = values[i + lane] > maxima[lane] ? values[i + lane] : maxima[lane];
+      }
+    }
+    for (; i < end; ++i) maxima[0] = values[i] > maxima[0] ? values[i] : maxima[0];
+    const float block_max = *std::max_element(maxima, maxima + kMaxima);
     if (!(block_max > best_value)) continue;
     best_value = block_max;
     best = start;
@@ -143,6 +152,13 @@ const float* penalised(const float* logits, int64_t vocab, const VerifyItem& ite
   return scratch.scores.data();
 }
 
+// Weights that are broken, or too large for their type, must not pass for text.
+void check_finite(float logit, uint32_t position) {
+  MEDUSA_CHECK_ARG(std::isfinite(logit), "the logits at position ", position,
+                   " hold no finite maximum: the weights are broken or too large for their type; "
+                   "try dtype f32");
+}
+
 bool is_end(const VerifyItem& item, int32_t token) {
   return std::find(item.eos_ids.begin(), item.eos_ids.end(), token) != item.eos_ids.end();
 }
@@ -158,6 +174,7 @@ void exact_walk(const float* logits, int64_t vocab, const VerifyItem& item,
         static_cast<uint32_t>(item.tokens.size()) + static_cast<uint32_t>(tree.depth(node));
     const int32_t token = choose_token(penalised(row, vocab, item, node, scratch), vocab,
                                        *item.sampling, position, scratch);
+    check_finite(row[token], position);
     accepted.path.push_back(node);
     accepted.tokens.push_back(token);
     if (is_end(item, token) || static_cast<int>(accepted.tokens.size()) >= item.max_tokens) return;
@@ -221,7 +238,9 @@ void typical_path(const float* logits, int64_t vocab, const VerifyItem& item,
   for (size_t i = 1; i < accepted.path.size(); ++i) {
     accepted.tokens.push_back(tree.token(accepted.path[i]));
   }
-  accepted.tokens.push_back(argmax(penalised(last, vocab, item, best, scratch), vocab));
+  const int32_t next = argmax(penalised(last, vocab, item, best, scratch), vocab);
+  check_finite(last[next], static_cast<uint32_t>(item.tokens.size() + accepted.tokens.size()));
+  accepted.tokens.push_back(next);
 
   size_t kept = 0;
   while (kept < accepted.tokens.size() && static_cast<int>(kept) < item.max_tokens) {
@@ -243,6 +262,7 @@ int32_t choose_token(const float* logits, int64_t vocab, const SamplingParams& s
   z.resize(static_cast<size_t>(vocab));
   for (int64_t i = 0; i < vocab; ++i) z[static_cast<size_t>(i)] = logits[i] / sampling.temperature;
   const float max_score = z[static_cast<size_t>(top)];
+  if (!std::isfinite(max_score)) return top;  // an overflow must not make a tie
 
   NoisyBest best;
   if (filter(z.data(), vocab, max_score, sampling, scratch)) {
