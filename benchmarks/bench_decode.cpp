@@ -360,9 +360,12 @@ std::string json_text(const Results& r) {
 
 int run(const std::vector<std::string>& args) {
   try {
-    if (args.empty() || args[0] == "--help") {
-      (args.empty() ? std::cerr : std::cout) << kUsage;
-      return args.empty() ? 2 : 0;
+    const bool help = std::any_of(args.begin(), args.end(), [](const std::string& arg) {
+      return arg == "--help" || arg == "-h";
+    });
+    if (args.empty() || help) {
+      (help ? std::cout : std::cerr) << kUsage;
+      return help ? 0 : 2;
     }
     const Options options = parse(args);
     const Results results = measure(options);

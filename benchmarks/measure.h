@@ -7,8 +7,12 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <span>
 #include <thread>
 #include <vector>
+
+#include "backend/cpu/memory.h"
 
 namespace medusa::bench {
 
@@ -40,13 +44,17 @@ class Samples {
   std::vector<double> values_;
 };
 
-// Reads an array far larger than the caches, each thread its own contiguous part, and sums it.
+// Reads an array far larger than the caches, each thread its own contiguous part, and sums it. The
+// array lies on pages of the size that weights get: small ones would read slower and flatter them.
 class ReadBandwidth {
  public:
   ReadBandwidth(int threads, int64_t num_bytes)
-      : threads_(threads), words_(static_cast<size_t>(num_bytes) / sizeof(uint64_t), 1) {}
-
-  int64_t num_bytes() const { return static_cast<int64_t>(words_.size() * sizeof(uint64_t)); }
+      : threads_(threads),
+        memory_(cpu::map_memory(num_bytes, true)),
+        words_(static_cast<uint64_t*>(memory_->data()),
+               static_cast<size_t>(num_bytes) / sizeof(uint64_t)) {
+    std::fill(words_.begin(), words_.end(), 1);
+  }
 
   // Bytes per second of one pass.
   double sample() {
@@ -81,7 +89,8 @@ class ReadBandwidth {
   }
 
   int threads_;
-  std::vector<uint64_t> words_;
+  std::unique_ptr<Buffer> memory_;
+  std::span<uint64_t> words_;
   uint64_t check_ = 0;
 };
 

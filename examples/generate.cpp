@@ -7,6 +7,7 @@
 #include <exception>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "medusa/error.h"
@@ -29,7 +30,7 @@ int parse_int(const std::string& text) {
 void generate(const std::string& path, medusa::Request request) {
   const std::shared_ptr<medusa::Backend> backend = medusa::make_backend({});
   const std::shared_ptr<const medusa::Model> model =
-      medusa::load_model(path, medusa::DType::bf16, backend);
+      medusa::load_model(path, std::nullopt, backend);  // nullopt: as the file stores it
 
   // Guesses change the speed, never the ids: without heads in the file, those of prompt lookup.
   std::shared_ptr<medusa::Drafter> drafter = medusa::make_prompt_lookup_drafter({});
@@ -39,6 +40,7 @@ void generate(const std::string& path, medusa::Request request) {
   }
 
   medusa::Session session(model, drafter, {.max_batch = 1});
+  request.eos_ids = model->eos_ids;
   session.submit(std::move(request));
   while (!session.idle()) {
     for (const medusa::Event& event : session.step()) {

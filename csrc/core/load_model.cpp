@@ -5,6 +5,7 @@
 #include <cmath>
 #include <utility>
 
+#include "core/json.h"
 #include "core/safetensors.h"
 #include "medusa/error.h"
 #include "medusa/model.h"
@@ -36,6 +37,21 @@ TensorView view_of(const std::string& name, const SafetensorsTensor& tensor) {
   }
   throw ArgumentError(
       concat("tensor ", name, ": found dtype ", tensor.dtype, ", wanted F32, F16, BF16 or I32"));
+}
+
+std::vector<int32_t> read_eos_ids(const SafetensorsFile& file, int vocab_size) {
+  const std::string key = "medusa_ext.eos_ids";
+  std::vector<int32_t> ids;
+  const auto found = file.metadata().find(key);
+  if (found == file.metadata().end()) return ids;
+  const json::Value value = json::parse(found->second, key);
+  for (const json::Value& item : value.as_array(key)) {
+    const int64_t id = item.as_int(key);
+    MEDUSA_CHECK_ARG(id >= 0 && id < vocab_size, key, ": found ", id, ", wanted 0 to ",
+                     vocab_size - 1);
+    ids.push_back(static_cast<int32_t>(id));
+  }
+  return ids;
 }
 
 // Values about N(0, scale^2): the sum of four uniform 16-bit parts of a hash of the index.
@@ -74,20 +90,27 @@ TensorView filled(std::vector<T>& storage, DType dtype, const std::vector<int64_
 
 }  // namespace
 
-std::unique_ptr<Model> load_model(const std::string& path, DType dtype,
+std::unique_ptr<Model> load_model(const std::string& path, std::optional<DType> dtype,
                                   std::shared_ptr<Backend> backend) {
   const SafetensorsFile file(path);
   const std::string& format = metadata_value(file, "medusa_ext.format");
   MEDUSA_CHECK_ARG(format == "1", path, ": found medusa_ext.format ", format,
                    ", wanted 1; a newer medusa_ext wrote this file");
   try {
-    ModelBuilder builder(ModelConfig::from_json(metadata_value(file, "medusa_ext.config")), dtype,
-                         std::move(backend));
+    const ModelConfig config = ModelConfig::from_json(metadata_value(file, "medusa_ext.config"));
+    std::vector<int32_t> eos_ids = read_eos_ids(file, config.vocab_size);
+    if (!dtype) {
+      const std::string name = "embed_tokens.weight";
+      dtype = view_of(name, file.tensor(name)).dtype;
+    }
+    ModelBuilder builder(config, *dtype, std::move(backend));
     for (const std::string& name : file.names()) {
       builder.add(name, view_of(name, file.tensor(name)));
       file.release(name);  // packed now: the copy in the mapping must not stay resident
     }
-    return builder.finish();
+    std::unique_ptr<Model> model = builder.finish();
+    model->eos_ids = std::move(eos_ids);
+    return model;
   } catch (const ArgumentError& error) {
     throw ArgumentError(concat(path, ": ", error.what()));
   }

@@ -1,24 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/safetensors.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <limits>
 #include <utility>
 
 #include "core/json.h"
 #include "medusa/error.h"
-
-#if defined(_WIN32)
-#include <fstream>
-#else
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include <cerrno>
-#endif
 
 namespace medusa {
 namespace {
@@ -37,8 +32,10 @@ constexpr std::pair<std::string_view, int> kDTypeBits[] = {
 // Names come from the file: quoted, so that they stay on one line, and cut.
 std::string shown(std::string_view name) {
   constexpr size_t kMaxShown = 120;
-  return name.size() <= kMaxShown ? json::quote(name)
-                                  : json::quote(name.substr(0, kMaxShown)) + "...";
+  if (name.size() <= kMaxShown) return json::quote(name);
+  size_t end = kMaxShown;
+  while (end > 0 && (name[end] & 0xC0) == 0x80) --end;  // not inside a UTF-8 character
+  return json::quote(name.substr(0, end)) + "...";
 }
 
 int64_t dtype_bits(const std::string& dtype, const std::string& where) {
@@ -95,26 +92,6 @@ SafetensorsTensor read_tensor(const json::Value& entry, const std::string& where
 
 }  // namespace
 
-#if defined(_WIN32)
-
-SafetensorsFile::Mapping SafetensorsFile::map(const std::string& path) {
-  std::ifstream in(path, std::ios::binary | std::ios::ate);
-  MEDUSA_CHECK_ARG(in.good(), path, ": cannot open");
-  const auto num_bytes = static_cast<size_t>(in.tellg());
-  Mapping mapping(new std::byte[num_bytes], Unmap{num_bytes});
-  in.seekg(0);
-  in.read(reinterpret_cast<char*>(const_cast<std::byte*>(mapping.get())),
-          static_cast<std::streamsize>(num_bytes));
-  MEDUSA_CHECK_ARG(in.good(), path, ": cannot read");
-  return mapping;
-}
-
-void SafetensorsFile::Unmap::operator()(const std::byte* data) const noexcept { delete[] data; }
-
-void SafetensorsFile::release(std::string_view name) const { tensor(name); }
-
-#else
-
 SafetensorsFile::Mapping SafetensorsFile::map(const std::string& path) {
   // O_NONBLOCK: opening a pipe must not wait for a writer; it has no effect on regular files.
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -149,8 +126,6 @@ void SafetensorsFile::release(std::string_view name) const {
   static_cast<void>(found);
 #endif
 }
-
-#endif
 
 SafetensorsFile::SafetensorsFile(const std::string& path) : path_(path), mapping_(map(path)) {
   read_header();

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -35,6 +36,7 @@ struct Model {
   std::vector<Layer> layers;
   std::vector<Head> heads;
   std::vector<int32_t> token_map;  // [head_vocab] ids of the heads' rows; empty: the identity
+  std::vector<int32_t> eos_ids;    // that end a text, as an exported file says; else empty
 
   const Weight& output() const { return lm_head ? *lm_head : *embedding; }
   int64_t weight_bytes() const;  // resident
@@ -73,9 +75,10 @@ class ModelBuilder {
 };
 
 // The one file that `medusa-ext export` writes: safetensors with the tensors above and, in its
-// metadata, the keys "medusa_ext.format" ("1"), "medusa_ext.config" (ModelConfig as JSON); further
-// keys are the tokenizer's and ignored here.
-std::unique_ptr<Model> load_model(const std::string& path, DType dtype,
+// metadata, the keys "medusa_ext.format" ("1"), "medusa_ext.config" (ModelConfig as JSON) and, if
+// known, "medusa_ext.eos_ids" (a JSON array); further keys are the tokenizer's and ignored here.
+// dtype nullopt: as the file stores its embedding.
+std::unique_ptr<Model> load_model(const std::string& path, std::optional<DType> dtype,
                                   std::shared_ptr<Backend> backend);
 
 // Random weights of this shape, for benchmarks.

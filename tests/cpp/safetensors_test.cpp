@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "medusa/error.h"
+#include "tiny_model.h"
 
 using medusa::ArgumentError;
 using medusa::SafetensorsFile;
@@ -51,6 +52,29 @@ void refused(const std::string& bytes, const std::string& text) {
 std::string tensor(const std::string& dtype, const std::string& shape, const std::string& offsets) {
   return R"({"w":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets +
          "}}";
+}
+
+// An exported model of zeros with these eos_ids in its metadata.
+std::string exported(const std::string& eos_ids) {
+  const medusa::ModelConfig config = test::tiny_config();
+  std::string config_text;
+  for (const char c : config.to_json()) config_text += c == '"' ? "\\\"" : std::string(1, c);
+  std::string header = R"({"__metadata__":{"medusa_ext.format":"1","medusa_ext.eos_ids":")" +
+                       eos_ids + R"(","medusa_ext.config":")" + config_text + "\"}";
+  const medusa::ModelBuilder builder(config, medusa::DType::f32, medusa::make_backend({}));
+  int64_t at = 0;
+  for (const auto& [name, shape] : builder.missing()) {
+    int64_t num_bytes = 2;
+    std::string sizes;
+    for (const int64_t size : shape) {
+      num_bytes *= size;
+      sizes += (sizes.empty() ? "" : ",") + std::to_string(size);
+    }
+    header += ",\"" + name + R"(":{"dtype":"F16","shape":[)" + sizes + R"(],"data_offsets":[)" +
+              std::to_string(at) + "," + std::to_string(at + num_bytes) + "]}";
+    at += num_bytes;
+  }
+  return file(header + "}", std::string(static_cast<size_t>(at), '\0'));
 }
 
 }  // namespace
@@ -136,4 +160,25 @@ TEST(survives_random_damage) {
   }
   CHECK(read > 0);
   CHECK(refusals > 1000);
+}
+
+TEST(long_names_are_cut_between_characters) {
+  const std::string letters(119, 'a');  // the cut at 120 bytes would fall inside the next character
+  refused(file(tensor(letters + "\u00e9\u00e9", "[4]", "[0,16]"), std::string(16, 'x')),
+          letters + "\"...");
+}
+
+TEST(a_model_has_the_dtype_and_eos_ids_of_its_file) {
+  const auto backend = medusa::make_backend({"cpu", 1, ""});
+  const auto load = [&](const TempFile& temp, std::optional<medusa::DType> dtype) {
+    return medusa::load_model(temp.path(), dtype, backend);
+  };
+  const TempFile good(exported("[2, 60]"));
+  const auto model = load(good, std::nullopt);
+  CHECK(model->dtype == medusa::DType::f16);
+  CHECK(model->eos_ids == (std::vector<int32_t>{2, 60}));
+  CHECK(load(good, medusa::DType::f32)->dtype == medusa::DType::f32);
+  for (const char* bad : {"[61]", "[-1]", "[1.5]", "2", "[", ""}) {
+    CHECK_THROWS(ArgumentError, "medusa_ext.eos_ids", load(TempFile(exported(bad)), std::nullopt));
+  }
 }

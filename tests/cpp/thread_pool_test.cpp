@@ -5,12 +5,17 @@
 
 #include <sys/wait.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <atomic>
 #include <chrono>
+#include <limits>
 #include <stdexcept>
 #include <thread>
 
+#include "backend/cpu/limits.h"
 #include "check.h"
 #include "medusa/error.h"
 
@@ -96,6 +101,54 @@ TEST(pools_come_and_go) {
   }
   CHECK_THROWS(medusa::ArgumentError, "threads", ThreadPool{-1});
   CHECK_THROWS(medusa::ArgumentError, "threads", ThreadPool{100000});
+}
+
+TEST(a_caller_outwaits_long_tasks) {
+  ThreadPool pool(3);
+  for (int round = 0; round < 20; ++round) {
+    std::atomic<int> finished{0};
+    pool.run(3, [&](int task) {  // whoever takes the last one keeps the caller waiting, asleep
+      std::this_thread::sleep_for(std::chrono::milliseconds(task == 2 ? 3 : 0));
+      ++finished;
+    });
+    CHECK(finished == 3);
+  }
+}
+
+#if defined(__x86_64__)
+TEST(tasks_keep_denormals_whatever_the_caller_set) {
+  constexpr unsigned kFlush = 0x8040;  // flush-to-zero and denormals-are-zero
+  const unsigned before = _mm_getcsr();
+  ThreadPool early(3);
+  _mm_setcsr(before | kFlush);
+  ThreadPool late(3);  // its workers inherit the caller's mode
+  for (ThreadPool* pool : {&early, &late}) {
+    for (const int num_tasks : {1, 64}) {
+      std::atomic<int> lost{0};
+      pool->run(num_tasks, [&](int) {
+        volatile float small = std::numeric_limits<float>::min();
+        lost += small * 0.5f == 0.0f;
+        std::this_thread::yield();
+      });
+      CHECK(lost == 0);
+      CHECK((_mm_getcsr() & kFlush) == kFlush);
+    }
+  }
+  _mm_setcsr(before);
+}
+#endif
+
+TEST(a_quota_is_whole_processors) {
+  using medusa::cpu::quota_processors;
+  CHECK(quota_processors("200000", "100000") == 2);
+  CHECK(quota_processors("150000", "100000") == 2);
+  CHECK(quota_processors("1000", "100000") == 1);
+  CHECK(quota_processors("9223372036854775807", "1") == std::numeric_limits<int>::max());
+  for (const char* none : {"max", "-1", "0", "", "1x", "9223372036854775808"}) {
+    CHECK(quota_processors(none, "100000") == 0);
+    CHECK(quota_processors("100000", none) == 0);
+  }
+  CHECK(medusa::cpu::usable_processors() >= 1);
 }
 
 // ThreadSanitizer does not follow a fork of a process with threads.

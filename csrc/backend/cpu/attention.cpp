@@ -29,11 +29,13 @@ struct Run {  // adjacent rows of one sequence
 };
 
 void check_row(const Rows& rows, int row, const KvCache& cache) {
-  int num_ancestors = 0, last_slot = rows.prefix_len[row] - 1;
+  int num_ancestors = 0;
+  int64_t last_slot = int64_t{rows.prefix_len[row]} - 1;  // may pass the range of int
   for (int word = 0; word < kAncestorWords; ++word) {
     const uint64_t bits = rows.ancestors[row][static_cast<size_t>(word)];
     num_ancestors += std::popcount(bits);
-    if (bits != 0) last_slot = rows.prefix_len[row] + word * 64 + 63 - std::countl_zero(bits);
+    if (bits != 0)
+      last_slot = int64_t{rows.prefix_len[row]} + word * 64 + 63 - std::countl_zero(bits);
   }
   MEDUSA_CHECK_ARG(rows.sequence[row] >= 0 && rows.sequence[row] < cache.num_sequences,
                    "tree_attention: row ", row, " is of sequence ", rows.sequence[row],
@@ -53,7 +55,9 @@ void CpuBackend::do_tree_attention(TensorView q, const KvCache& cache, int layer
                                    float scale, int window, TensorView out) {
   const int64_t H = q.size(1), Hkv = cache.shape.num_kv_heads, D = cache.shape.head_dim,
                 group = H / Hkv;
-  std::vector<Run> runs;
+  thread_local std::vector<Run> memory;  // kept, so that a step allocates nothing
+  std::vector<Run>& runs = memory;       // tasks on other threads must see this one's
+  runs.clear();
   for (int row = 0; row < rows.num_rows; ++row) {
     check_row(rows, row, cache);
     if (row > 0 && rows.sequence[row] == rows.sequence[row - 1]) {
@@ -108,7 +112,7 @@ void CpuBackend::do_tree_attention(TensorView q, const KvCache& cache, int layer
       tile.ancestors[at] = rows.ancestors[row].data();
       tile.first[at] = window > 0 ? std::max(0, rows.position[row] - window + 1) : 0;
       if (at > 0 && i % group != 0) continue;  // the same row as the query before
-      for (int page = tile.first[at] / kPage; page * kPage < tile.prefix_len[at]; ++page) {
+      for (int64_t page = tile.first[at] / kPage; page * kPage < tile.prefix_len[at]; ++page) {
         need(page);
       }
       for (int word = 0; word < kAncestorWords; ++word) {

@@ -57,7 +57,7 @@ class CpuBackend final : public Backend {
     constexpr int64_t kWorth = 16384;  // elements of work that pay for waking another thread
     const int64_t pieces =
         std::min<int64_t>({count, 4 * pool_.num_threads(), count * work_per_item / kWorth});
-    if (pieces <= 1) return body(0, count);
+    if (pieces <= 1) return pool_.run(1, [&](int) { body(0, count); });
     pool_.run(static_cast<int>(pieces),
               [&](int piece) { body(count * piece / pieces, count * (piece + 1) / pieces); });
   }

@@ -2,8 +2,8 @@
 #include "backend/cpu/memory.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
+#include "backend/cpu/limits.h"
 #include "medusa/error.h"
 
 namespace medusa::cpu {
@@ -15,20 +15,6 @@ constexpr int kMapFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 constexpr int kMapFlags = MAP_PRIVATE | MAP_ANONYMOUS;
 #endif
 
-int64_t physical_bytes() {
-  return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) *
-         static_cast<int64_t>(sysconf(_SC_PAGESIZE));
-}
-
-int64_t free_bytes() {
-#ifdef _SC_AVPHYS_PAGES
-  return static_cast<int64_t>(sysconf(_SC_AVPHYS_PAGES)) *
-         static_cast<int64_t>(sysconf(_SC_PAGESIZE));
-#else
-  return physical_bytes();
-#endif
-}
-
 class MappedBuffer final : public Buffer {
  public:
   MappedBuffer(int64_t num_bytes, bool huge_pages) {
@@ -36,12 +22,11 @@ class MappedBuffer final : public Buffer {
     mapped_bytes_ = static_cast<size_t>(num_bytes > 0 ? num_bytes : 1);
     // The mapping reserves nothing, so the system would accept what it can never deliver and kill
     // the process later.
-    void* memory = num_bytes > physical_bytes()
+    void* memory = num_bytes > usable_memory()
                        ? MAP_FAILED
                        : mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, kMapFlags, -1, 0);
     if (memory == MAP_FAILED) {
-      throw OutOfMemory(
-          concat("out of memory: ", num_bytes, " bytes asked, ", free_bytes(), " bytes free"));
+      throw OutOfMemory(concat(num_bytes, " bytes asked, ", free_memory(), " bytes free"));
     }
     data_ = memory;
 #ifdef MADV_HUGEPAGE

@@ -2,13 +2,11 @@
 #include "backend/cpu/thread_pool.h"
 
 #include <pthread.h>
-#if defined(__linux__)
-#include <sched.h>
-#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -20,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "backend/cpu/limits.h"
 #include "medusa/error.h"
 
 namespace medusa::cpu {
@@ -53,15 +52,44 @@ bool spin_until(Ready ready) {
   return ready();
 }
 
-int usable_processors() {
-#if defined(__linux__)
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) == 0 && CPU_COUNT(&set) > 0) return CPU_COUNT(&set);
+// While it lives, this thread rounds to nearest and keeps denormals, as the bits of every result
+// presume; callers may have set otherwise.
+class FloatMode {
+ public:
+  FloatMode() : saved_(get()) {
+    if ((saved_ & kControl) != kDefault) set(kDefault);
+  }
+  ~FloatMode() {
+    if ((saved_ & kControl) != kDefault) set(saved_);
+  }
+  FloatMode(const FloatMode&) = delete;
+  FloatMode& operator=(const FloatMode&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  using Word = unsigned;
+  static constexpr Word kControl = ~0x3fu;  // the rest are flags of past exceptions
+  static constexpr Word kDefault = 0x1f80;  // every exception masked
+  static Word get() { return _mm_getcsr(); }
+  static void set(Word word) { _mm_setcsr(word); }
+#elif defined(__aarch64__)
+  using Word = uint64_t;
+  static constexpr Word kControl = ~Word{0}, kDefault = 0;
+  static Word get() {
+    Word word;
+    asm volatile("mrs %0, fpcr" : "=r"(word));
+    return word;
+  }
+  static void set(Word word) { asm volatile("msr fpcr, %0" : : "r"(word) : "memory"); }
+#else
+  using Word = int;
+  static constexpr Word kControl = 0, kDefault = 0;
+  static Word get() { return 0; }
+  static void set(Word) {}
 #endif
-  const unsigned count = std::thread::hardware_concurrency();
-  return count == 0 ? 1 : static_cast<int>(count);
-}
+
+  Word saved_;
+};
 
 }  // namespace
 
@@ -72,8 +100,11 @@ int usable_processors() {
 struct ThreadPool::State {
   alignas(64) std::atomic<uint64_t> ticket{0};
   alignas(64) std::atomic<int> unfinished{0};
-  alignas(64) std::atomic<int> sleepers{0};
+  alignas(64) std::atomic<int> awake{0};  // workers with a permit; changes under sleep_mutex
+  std::atomic<bool> caller_sleeps{false};
   std::atomic<bool> stop{false};
+  int most_awake = 0;  // more than there are processors would only keep each other from running
+  int permits = 0;     // given to workers that have not taken them yet
   int num_tasks = 0;
   const TaskRef* body = nullptr;
   std::mutex error_mutex;
@@ -81,7 +112,7 @@ struct ThreadPool::State {
 
   std::mutex run_mutex;  // one job at a time
   std::mutex sleep_mutex;
-  std::condition_variable wake;
+  std::condition_variable wake, done;
   std::vector<std::thread> threads;
   uint64_t born = fork_count.load();
 
@@ -99,7 +130,14 @@ struct ThreadPool::State {
         const std::lock_guard lock(error_mutex);
         if (!error) error = std::current_exception();
       }
-      unfinished.fetch_sub(1, std::memory_order_acq_rel);
+      // Either this thread sees the caller asleep, or the caller, which says so first, sees 0 (all
+      // four are seq_cst).
+      if (unfinished.fetch_sub(1) == 1 && caller_sleeps.load()) {
+        {
+          const std::lock_guard lock(sleep_mutex);
+        }  // a caller between its check and its sleep holds this
+        done.notify_one();
+      }
       seen = ticket.load(std::memory_order_acquire);
     }
   }
@@ -121,6 +159,7 @@ ThreadPool::ThreadPool(int num_threads) {
   } catch (const std::system_error&) {  // the system gives no more threads: make do with these
     num_threads_ = 1 + static_cast<int>(state_->threads.size());
   }
+  state_->most_awake = std::min(num_threads_, usable_processors()) - 1;
 }
 
 ThreadPool::~ThreadPool() {
@@ -140,23 +179,35 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::work(State& state) {
+  const FloatMode mode;
   inside_task = true;
   const auto open = [&] { return (state.ticket.load() & 0xffffffffu) != 0 || state.stop.load(); };
+  const auto sleep = [&](std::unique_lock<std::mutex>& lock) {
+    state.wake.wait(lock, [&] { return state.permits > 0 || state.stop; });
+    if (state.permits > 0) --state.permits;
+  };
+  {
+    std::unique_lock lock(state.sleep_mutex);
+    sleep(lock);
+  }
   while (!state.stop) {
-    if (!spin_until(open)) {
-      // No wake-up is lost: either this thread sees the new ticket after counting itself, or run(),
-      // which publishes the ticket before it reads the count, sees the sleeper (all four are
-      // seq_cst).
-      std::unique_lock lock(state.sleep_mutex);
-      state.sleepers.fetch_add(1);
-      state.wake.wait(lock, open);
-      state.sleepers.fetch_sub(1);
-    }
     state.help();
+    if (spin_until(open)) continue;
+    // No wake-up is lost: either this thread sees the new ticket after giving up its permit, or
+    // run(), which publishes the ticket before it counts the permits, sees one less (all four are
+    // seq_cst).
+    std::unique_lock lock(state.sleep_mutex);
+    state.awake.fetch_sub(1);
+    if (open()) {
+      state.awake.fetch_add(1);
+    } else {
+      sleep(lock);
+    }
   }
 }
 
 void ThreadPool::run(int num_tasks, TaskRef body) {
+  const FloatMode mode;
   if (num_tasks <= 1 || !state_ || inside_task ||
       state_->born != fork_count.load(std::memory_order_relaxed)) {
     for (int task = 0; task < num_tasks; ++task) body(task);
@@ -169,19 +220,27 @@ void ThreadPool::run(int num_tasks, TaskRef body) {
   state.unfinished.store(num_tasks, std::memory_order_relaxed);
   const uint64_t job = (state.ticket.load(std::memory_order_relaxed) >> 32) + 1;
   state.ticket.store(job << 32 | static_cast<uint64_t>(num_tasks));
-  if (state.sleepers.load() > 0) {
+  const int wanted = std::min(num_tasks - 1, state.most_awake);
+  if (state.awake.load() < wanted) {
+    int more = 0;
     {
       const std::lock_guard lock(state.sleep_mutex);
-    }  // a worker between its check and its sleep holds this
-    state.wake.notify_all();
+      more = std::max(0, wanted - state.awake.load());  // a worker may have stayed awake after all
+      state.awake.fetch_add(more);
+      state.permits += more;
+    }
+    for (; more > 0; --more) state.wake.notify_one();
   }
 
   inside_task = true;
   state.help();
   inside_task = false;
-  const auto done = [&] { return state.unfinished.load(std::memory_order_acquire) == 0; };
+  const auto done = [&] { return state.unfinished.load() == 0; };
   if (!spin_until(done)) {
-    while (!done()) std::this_thread::yield();
+    std::unique_lock lock(state.sleep_mutex);
+    state.caller_sleeps = true;
+    state.done.wait(lock, done);
+    state.caller_sleeps = false;
   }
   if (state.error) std::rethrow_exception(std::exchange(state.error, nullptr));
 }

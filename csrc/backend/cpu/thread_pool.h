@@ -26,7 +26,8 @@ class TaskRef {
 
 class ThreadPool {
  public:
-  // 0: all processors this process may use. ArgumentError outside [0, 1024].
+  // 0: all processors this process may use (affinity, container quota). ArgumentError outside
+  // [0, 1024]. No more threads than processors are ever awake.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -37,6 +38,7 @@ class ThreadPool {
   // body(task) once for every task in [0, num_tasks), the caller helping; returns when all are done
   // and rethrows the first exception. Calls from several threads take turns. A call from inside a
   // task, or in a forked child (whose workers do not exist), runs all tasks itself.
+  // Tasks always run with the default floating-point mode; the caller's is restored.
   void run(int num_tasks, TaskRef body);
 
  private:
