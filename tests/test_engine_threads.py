@@ -1,6 +1,8 @@
 """Several threads on one engine, two engines at once, and memory that stays flat."""
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -115,6 +117,79 @@ def test_interrupt_of_the_main_thread_leaves_the_others_alone(tiny: Path, attemp
         others.join(PATIENCE_S)
         assert outcomes == expected
         assert engine.session_stats().active == 0
+
+
+INTERRUPTS = """
+import faulthandler, random, signal, sys
+from medusa_ext import Engine
+
+faulthandler.dump_traceback_later(60, exit=True)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+chance = random.Random(5)
+options = {"max_new_tokens": 6, "eos_token_id": [], "temperature": 1.0}
+with Engine(sys.argv[1], threads=1) as engine:
+    expected = [engine.generate("Hello", seed=seed, **options).token_ids for seed in range(8)]
+    interrupts = 0
+    while interrupts < 400:
+        seed = chance.randrange(8)
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 4e-3))
+                if chance.random() < 0.5:
+                    engine.generate("Hello", seed=seed, **options)
+                else:
+                    with engine.stream("Hello", seed=seed, **options) as stream:
+                        list(stream)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            interrupts += 1
+        assert engine.generate("Hello", seed=seed, **options).token_ids == expected[seed]
+        stats = engine.session_stats()
+        assert (stats.active, stats.waiting) == (0, 0), stats
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
+def test_interrupts_at_any_time_leave_the_engine_whole(tiny: Path) -> None:
+    """In a process of its own, since a hang or an interrupt too late would end the others."""
+    command = [sys.executable, "-c", INTERRUPTS, str(tiny)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+
+
+class Selfish(Known):
+    """Asks the engine that runs it."""
+
+    engine: Engine
+
+    def __init__(self, ask: Callable[[Engine], object]) -> None:
+        super().__init__([])
+        self.ask = ask
+
+    def draft(self, inputs: list[DraftInput]) -> list[tuple[list[int], list[int]]]:
+        self.ask(self.engine)
+        return super().draft(inputs)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda engine: engine.generate("Hello", max_new_tokens=2),
+        lambda engine: engine.stream("Hello"),
+        lambda engine: engine.score("Hello"),
+    ],
+    ids=["generate", "stream", "score"],
+)
+def test_drafter_that_uses_its_own_engine(tiny: Path, ask: Callable[[Engine], object]) -> None:
+    drafter = Selfish(ask)
+    with Engine(tiny, threads=1, drafter=drafter) as engine:
+        drafter.engine = engine
+        outcomes = run_all([lambda: engine.generate("Hello", max_new_tokens=8)])
+        assert "a drafter cannot use the engine that runs it" in str(outcomes[0])
+        assert engine.score("Hello").any()  # this thread is no longer taken for the drafter's
+        drafter.ask = lambda engine: None
+        assert len(engine.generate("Hello", max_new_tokens=8, eos_token_id=[]).token_ids) == 8
 
 
 class Patient(Known):
