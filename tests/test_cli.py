@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from engine_util import demo_engine, make_tiny
 from loading_util import make_heads
 from medusa_ext import Engine, _core, cli
+from medusa_ext.cli import common
+from medusa_ext.results import make_stats
 
 COMMAND = [sys.executable, "-m", "medusa_ext"]
 NEVER_ENDS = ["--max-new-tokens", "100000", "--temperature", "3"]
@@ -100,12 +103,47 @@ def test_generate_reads_standard_input_and_files(
     assert err.count("tokens/step") == 3
 
 
-def test_stop_strings(run, tiny: str) -> None:
+@pytest.mark.parametrize("flag", ["--stop", "--stop-strings"])
+def test_stop_strings(run, tiny: str, flag: str) -> None:
     with Engine(tiny) as engine:
         text = engine.generate("stop here", max_new_tokens=20, eos_token_id=[]).text
     stop = text[5:7]
-    status, out, _ = run("generate", "stop here", "--raw", "-m", tiny, "-n", "20", "--stop", stop)
+    status, out, _ = run("generate", "stop here", "--raw", "-m", tiny, "-n", "20", flag, stop)
     assert (status, out) == (0, text[: text.find(stop)] + "\n")
+
+
+def test_statistics_line() -> None:
+    """One token has no rate; the first step's tokens count in no rate."""
+    stats = _core_stats(accepted_lengths=[0, 1], steps=1, decode_s=0.5)
+    line = common.statistics_line(1, 1, make_stats(stats))
+    assert line == "[1 token, 1.00 tokens/step, prefill 1 token in 0.25 s]"
+    stats = _core_stats(accepted_lengths=[0, 0, 0, 2], steps=2, decode_s=0.5, reused_tokens=3)
+    line = common.statistics_line(6, 5, make_stats(stats, first_tokens=3))
+    assert line == (
+        "[6 tokens, 6.0 tokens/s, 3.00 tokens/step, prefill 2 tokens (3 from the cache) in 0.25 s]"
+    )
+
+
+def _core_stats(**values: object) -> SimpleNamespace:
+    return SimpleNamespace(**{"prefill_s": 0.25, "reused_tokens": 0, **values})
+
+
+def test_eos_token_id(run, tiny: str) -> None:
+    with Engine(tiny) as engine:
+        free = engine.generate("stop here", max_new_tokens=20, eos_token_id=[])
+    end = free.token_ids[5]
+    arguments = ["-m", tiny, "-n", "20", "--eos-token-id", str(end), "--json"]
+    status, out, _ = run("generate", "stop here", "--raw", *arguments)
+    assert status == 0
+    wanted = free.token_ids[: free.token_ids.index(end) + 1]
+    assert json.loads(out)["token_ids"] == wanted
+
+
+def test_heads_of_an_empty_directory(run, tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    status, _, err = run("generate", "x", "-m", tiny, "--heads", str(tmp_path / "empty"))
+    assert status == 2
+    assert "holds no Medusa heads; wanted medusa_lm_head.safetensors" in err
 
 
 def test_inspect(run, tiny: str, tmp_path: Path) -> None:
@@ -144,8 +182,9 @@ def test_export_loads_again(run, tiny: str, tmp_path: Path) -> None:
         assert exported.info["drafter"] == "prompt lookup"
 
 
-def test_version(run) -> None:
-    status, out, err = run("version")
+@pytest.mark.parametrize("spelling", ["version", "--version"])
+def test_version(run, spelling: str) -> None:
+    status, out, err = run(spelling)
     assert (status, err) == (0, "")
     assert _core.__version__ in out
 
@@ -158,12 +197,31 @@ def test_help(run, arguments: list[str]) -> None:
 
 
 BAD = [
-    ([], "Missing command"),
+    ([], "Commands are generate, chat, inspect, export, version; see medusa-ext --help"),
     (["generat"], "No such command 'generat'"),
+    (["speak"], "Commands are generate, chat, inspect, export, version; see medusa-ext --help"),
+    (["--nothing"], "; see medusa-ext --help"),
     (["generate"], "no prompt"),
     (["generate", ""], "the prompt is empty"),
-    (["generate", "x", "--temprature", "1"], "No such option"),
-    (["generate", "x", "--temperature", "-1"], "temperature must be a number of 0 or more, got -1"),
+    (["generate", "x", "--temprature", "1"], "; see medusa-ext generate --help"),
+    (
+        ["generate", "x", "--temperature", "-1"],
+        "temperature must be 0 or a number in [1e-06, 1e+06]",
+    ),
+    (["generate", "x", "--temperature", "nan"], "temperature must be 0 or a number in"),
+    (["generate", "x", "--top-p", "nan"], "top_p must be a number in (0, 1], got nan"),
+    (["generate", "x", "--delta", "nan"], "delta must be a number of 0 or more, got nan"),
+    (
+        ["generate", "x", "--seed", str(2**64)],
+        "seed must be an integer in [0, 18446744073709551615]",
+    ),
+    (["generate", "x", "--cache-tokens", str(2**64)], "cache_tokens must be an integer in"),
+    (["generate", "x", "--prefill-chunk", "0"], "prefill_chunk must be an integer in [1, 8192]"),
+    (["generate", "x", "--isa", "sse"], "isa must be"),
+    (["generate", "x", "--eos-token-id", "-1"], "eos_token_id must be"),
+    (["generate", "x", "--num-return-sequences", "100000000"], "num_return_sequences must be"),
+    (["generate", "x", "--num-return-sequences", "3"], "needs a temperature above 0"),
+    (["generate", "caf\udce9"], "the prompt is not valid Unicode"),
     (["generate", "x", "--temperature", "warm"], "Invalid value for '--temperature'"),
     (["generate", "x", "-n", "0"], "max_new_tokens must be an integer of 1 or more, got 0"),
     (["generate", "x", "--acceptance", "typical", "--top-k", "4"], "top_k does not go with"),
@@ -175,6 +233,7 @@ BAD = [
     (["generate", "x", "--tree", "oak"], "no tree is named 'oak'"),
     (["generate", "--file", "/no/such/file"], "cannot read the prompts in /no/such/file"),
     (["chat", "--min-p", "7"], "min_p must be"),
+    (["chat", "--epsilon", "7"], "epsilon must be"),
     (["inspect"], "Missing argument"),
     (["inspect", "/no/such/path"], "no such path"),
     (["inspect", "/dev/null"], "unknown kind"),
@@ -261,6 +320,27 @@ def test_chat_goes_on_after_an_error(run, tiny: str, monkeypatch: pytest.MonkeyP
     assert status == 0
     assert out
     assert "medusa-ext: error: the prompt has" in err
+
+
+def test_input_that_is_not_utf8(tiny: str) -> None:
+    """A line that chat cannot read is refused and the next one is answered; generate refuses."""
+    chat, generate = (
+        subprocess.run(
+            [*COMMAND, *arguments, "--model", tiny, "-n", "3"],
+            input=b"caf\xe9\nshort\n",
+            capture_output=True,
+            env={**environment(), "PYTHONIOENCODING": "utf-8:strict"},
+            timeout=120,
+            check=False,
+        )
+        for arguments in (["chat"], ["generate", "-"])
+    )
+    assert chat.returncode == 0
+    assert chat.stdout.strip()
+    assert chat.stderr.count(b"the prompt is not valid Unicode") == 1
+    assert chat.stderr.count(b"tokens/step") == 1
+    assert (generate.returncode, generate.stdout) == (2, b"")
+    assert b"the prompt is not valid Unicode" in generate.stderr
 
 
 def test_chat_in_a_terminal(tiny: str) -> None:

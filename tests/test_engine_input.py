@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 
 from engine_util import demo_engine
+from loading_util import make_heads, make_model
 from medusa_ext import Drafter, Engine
+from medusa_ext.trees import resolve_tree
 
 BAD_OPTIONS = [
-    ({"temperature": -1}, "temperature must be a number of 0 or more, got -1"),
+    ({"temperature": -1}, r"temperature must be 0 or a number in \[1e-06, 1e\+06\], got -1"),
+    ({"temperature": 1e-7}, "temperature must be 0 or .* got 1e-07"),
+    ({"temperature": 1e7}, "temperature must be 0 or .* got 10000000.0"),
     ({"temperature": float("nan")}, "temperature must be .* got nan"),
     ({"temperature": float("inf")}, "temperature must be .* got inf"),
     ({"temperature": "hot"}, "temperature must be .* got 'hot'"),
@@ -23,18 +27,39 @@ BAD_OPTIONS = [
     ({"top_p": 0}, r"top_p must be a number in \(0, 1\], got 0"),
     ({"top_p": 1.01}, r"top_p must be .* got 1.01"),
     ({"min_p": -0.1}, r"min_p must be a number in \[0, 1\], got -0.1"),
-    ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0, got 0"),
+    ({"repetition_penalty": 0}, r"repetition_penalty must be a number in \[0.001, 1000\], got 0"),
+    ({"repetition_penalty": 2000}, "repetition_penalty must be .* got 2000"),
+    ({"top_k": 2**64}, r"top_k must be an integer in \[0, 2147483647\], got 18446744073709551616"),
     ({"seed": -1}, "seed must be .* got -1"),
-    ({"seed": 2**64}, "seed must be .* got 18446744073709551616"),
+    (
+        {"seed": 2**64},
+        r"seed must be an integer in \[0, 18446744073709551615\], got 18446744073709551616",
+    ),
     ({"seed": [1, 2]}, "seed has 2 numbers for 1 prompts"),
+    ({"seed": np.array([1, 2])}, "seed has 2 numbers for 1 prompts"),
+    ({"seed": np.array(0.5)}, "seed must be .* got 0.5"),
     ({"max_new_tokens": 0}, "max_new_tokens must be an integer of 1 or more, got 0"),
     ({"max_new_tokens": "many"}, "max_new_tokens must be .* got 'many'"),
+    (
+        {"max_new_tokens": 2**64},
+        r"max_new_tokens must be an integer in \[1, 2147483647\], got 1844",
+    ),
     ({"num_return_sequences": 0}, "num_return_sequences must be .* got 0"),
+    (
+        {"num_return_sequences": 10**8, "temperature": 1},
+        r"num_return_sequences must be an integer in \[1, 65536\], got 100000000",
+    ),
+    ({"num_return_sequences": 2}, "num_return_sequences=2 needs a temperature above 0"),
+    (
+        {"num_return_sequences": 2, "temperature": 1, "acceptance": "typical"},
+        'num_return_sequences=2 needs .* acceptance="exact"',
+    ),
     ({"stop_strings": ""}, "stop_strings must be a non-empty string"),
     ({"stop_strings": ["a", ""]}, "stop_strings must be a non-empty string"),
     ({"stop_strings": [1]}, "stop_strings must be a non-empty string"),
     ({"eos_token_id": 10**6}, "eos_token_id must be an integer in .* got 1000000"),
-    ({"eos_token_id": "</s>"}, "eos_token_id must be an integer"),
+    ({"eos_token_id": "</s>"}, "eos_token_id must be an integer .* got '</s>'"),
+    ({"eos_token_id": np.array([0, 10**6])}, "eos_token_id must be .* got 1000000"),
     ({"acceptance": "loose"}, "acceptance must be 'exact' or 'typical', got 'loose'"),
     ({"acceptance": "typical", "epsilon": 2}, r"epsilon must be a number in \[0, 1\], got 2"),
     ({"acceptance": "typical", "delta": -1}, "delta must be .* got -1"),
@@ -60,6 +85,10 @@ BAD_PROMPTS = [
     ([5] * 1024, "the prompt has 1024 tokens, but the context has room for 1023"),
     ("word " * 2000, "the prompt has [0-9]+ tokens, but the context has room for 1023"),
     (["a", [5] * 1024], "prompt 1 of the batch has 1024 tokens"),
+    ("caf\udce9", "the prompt is not valid Unicode"),
+    (["a", "\ud800"], "the prompt is not valid Unicode"),
+    ([{"role": "user", "content": "\ud800"}], "the prompt is not valid Unicode"),
+    ({"input_ids": [1, 2]}, r'pass its \["input_ids"\]'),
     ({"role": "user", "content": "a"}, "a single message is no prompt; put it in a list"),
     ([{"role": "user"}], "message 0 must be .* with two strings"),
     ([{"role": "user", "content": ["a"]}], "message 0 must be .* with two strings"),
@@ -71,16 +100,32 @@ BAD_ENGINES = [
     ({"isa": "sse"}, "isa must be .* got 'sse'"),
     ({"max_batch": 0}, r"max_batch must be an integer in \[1, 1024\], got 0"),
     ({"max_context": 1}, "max_context must be an integer of 2 or more, got 1"),
-    ({"max_context": 10**6}, "max_context is 1000000, allowed is 2 to 8192"),
+    ({"max_context": 10**6}, r"max_context must be an integer in \[2, 8192\], got 1000000"),
+    ({"max_context": 2**64}, r"max_context must be .* \[2, 8192\], got 18446744073709551616"),
+    ({"max_batch": 2**64}, "max_batch must be .* got 18446744073709551616"),
     ({"threads": 0}, "threads must be .* got 0"),
     ({"cache_tokens": -5}, "cache_tokens must be .* got -5"),
+    ({"cache_tokens": 2**64}, r"cache_tokens must be an integer in \[1, 1073741824\], got 1844"),
     ({"prefill_chunk": 0}, "prefill_chunk must be .* got 0"),
+    ({"prefill_chunk": 2**64}, r"prefill_chunk must be an integer in \[1, 8192\], got 1844"),
     ({"tree": "oak"}, "no tree is named 'oak'"),
     ({"tree": [[0, 0]]}, "tree is invalid"),
     ({"tree": [[0]]}, "needs Medusa heads, and there are none"),
+    ({"tree": np.array([[0], [1]])}, "needs Medusa heads, and there are none"),
+    ({"tree": np.array([[0.5]])}, "the tree holds .*0.5.*; wanted paths"),
+    ({"tree": 5}, "the tree is a int; wanted a list of paths"),
     ({"drafter": object()}, "drafter must be a medusa_ext.Drafter"),
     ({"drafter": Drafter(), "heads": "prompt-lookup"}, "give heads or a drafter, not both"),
-    ({"heads": "no/such/heads"}, "no such path: no/such/heads"),
+    ({"drafter": Drafter(), "heads": np.zeros(2)}, "give heads or a drafter, not both"),
+    (
+        {"heads": "no/such/heads"},
+        "no such path: no/such/heads; give a directory .* of Medusa heads",
+    ),
+    ({"heads": 5}, 'heads is 5; give .*, "prompt-lookup", "auto", or None'),
+    ({"heads": False}, "heads is False; give"),
+    ({"heads": b"demo"}, "heads is b'demo'; give"),
+    ({"heads": ""}, "heads is empty; give"),
+    ({"heads": "none"}, "heads is 'none'; for plain decoding give None"),
 ]
 
 
@@ -164,6 +209,54 @@ def test_models_that_are_not_there(model: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("model", [123, None, b"demo", False, ["demo"]], ids=str)
+def test_models_of_the_wrong_type(model: object) -> None:
+    with pytest.raises(ValueError, match=r'^model is .*; give a directory, .* or "demo"$'):
+        Engine(model)
+
+
+@pytest.mark.parametrize(
+    ("heads", "arguments", "message"),
+    [
+        (None, {"max_context": 8193}, r"max_context must be an integer in \[2, 128\]"),
+        (None, {"tree": [[0]]}, "needs Medusa heads"),
+        (
+            "B",
+            {"tree": [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]},
+            "has depth 4, the model has 3 heads",
+        ),
+    ],
+    ids=["context", "tree without heads", "tree"],
+)
+def test_refused_before_weights_are_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    heads: str | None,
+    arguments: dict[str, object],
+    message: str,
+) -> None:
+    folder = make_model(tmp_path / "model")
+    heads_folder = None if heads is None else make_heads(tmp_path / "heads", heads)
+
+    def read(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("medusa_ext.loading.load.build", read)
+    with pytest.raises(ValueError, match=message):
+        Engine(folder, heads_folder, **arguments)
+
+
+def test_numpy_values_are_accepted(engine: Engine) -> None:
+    """Seeds, end-of-sequence ids and trees as arrays."""
+    options = {"max_new_tokens": 4, "temperature": 1}
+    expected = engine.generate(["a", "b"], seed=[3, 4], eos_token_id=[0, 2], **options)
+    for seed in (np.array([3, 4]), [np.int64(3), np.uint8(4)]):
+        results = engine.generate(["a", "b"], seed=seed, eos_token_id=np.array([0, 2]), **options)
+        assert [one.token_ids for one in results] == [one.token_ids for one in expected]
+    for tree in (np.array([[0, 0], [1, 0]])[:, :1], [np.array([0]), np.array([1])]):
+        assert resolve_tree(tree, 1).paths() == [[0], [1]]
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
 def test_no_permission(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
@@ -177,11 +270,16 @@ def test_stream_and_score_take_one_prompt(engine: Engine) -> None:
     with pytest.raises(ValueError, match="stream takes one prompt, got 2"):
         engine.stream(["a", "b"])
     with pytest.raises(ValueError, match="stream gives one sample, got num_return_sequences=2"):
-        engine.stream("a", num_return_sequences=2)
+        engine.stream("a", num_return_sequences=2, temperature=1)
     with pytest.raises(ValueError, match="score takes one text, got 2"):
         engine.score(["a", "b"])
-    with pytest.raises(ValueError, match="chunk must be an integer of 1 or more, got 0"):
-        engine.score("a", chunk=0)
+    for chunk in (0, 2**64):
+        with pytest.raises(
+            ValueError, match=rf"chunk must be an integer in \[1, 65536\], got {chunk}"
+        ):
+            engine.score("a", chunk=chunk)
+    with pytest.raises(ValueError, match=r"the model's context has room for 8192; shorten it$"):
+        engine.score([5] * 8193)
 
 
 def test_a_bad_prompt_anywhere_in_a_batch_starts_nothing(engine: Engine) -> None:

@@ -1,7 +1,11 @@
 """The one-file form: written, read back by Python and by C++, and refused where it is damaged."""
 
+import errno
 import gc
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,6 +153,34 @@ def test_a_failure_leaves_nothing_behind(base, tmp_path, monkeypatch):
         export(base, None, out)
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
     assert out.read_bytes() == b"precious"
+
+
+FULL_DISK = """
+import resource, signal, sys
+from medusa_ext.loading import LoadError, export
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+try:
+    export(sys.argv[1], None, sys.argv[2])
+except LoadError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_named(base, tmp_path):
+    """The weights alone are larger than the limit; the reason is the system's own."""
+    out = tmp_path / "m.safetensors"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    finished = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(base), str(out)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert finished.stdout == f"cannot write {out}: {os.strerror(errno.EFBIG)}\n", finished.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_file_is_replaced_at_the_end(base, tmp_path):

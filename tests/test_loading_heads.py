@@ -441,7 +441,7 @@ def test_heads_given_as_a_file_or_nowhere(base, tmp_path):
         util.record(base, path)
     with pytest.raises(LoadError, match="no such path"):
         util.record(base, tmp_path / "nowhere")
-    with pytest.raises(LoadError, match="holds no weights"):
+    with pytest.raises(LoadError, match="holds no Medusa heads; wanted medusa_lm_head"):
         util.record(base, tmp_path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import loading_util as util
 from medusa_ext.loading import LoadError
@@ -286,6 +286,35 @@ def test_directory_as_auto_tokenizer_reads_it(tmp_path):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
     assert ours.chat_template == theirs.chat_template
     assert ours.special_tokens_map == theirs.special_tokens_map
+
+
+@pytest.mark.parametrize("adds_bos", [None, True, False])
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast"])
+def test_classes_that_build_their_own_normalizer(tmp_path, name, adds_bos):
+    """A tokenizer.json that lacks what LlamaTokenizer adds: spaces as words of their own."""
+    from transformers import AutoTokenizer
+
+    util.make_model(tmp_path, tokenizer=False)
+    vocab = {word: token for token, word in enumerate(PIECES + WORDS)}
+    merges = [
+        (left, right)
+        for word in WORDS
+        for left, right in ((word[:cut], word[cut:]) for cut in range(1, len(word)))
+        if left in vocab and right in vocab
+    ]
+    model = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    bare = Tokenizer(model)
+    bare.add_special_tokens(["<unk>", "<s>", "</s>"])
+    bare.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>"}
+    util.write_json(
+        tmp_path / "tokenizer_config.json",
+        settings if adds_bos is None else settings | {"add_bos_token": adds_bos},
+    )
+    ours, theirs = from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ["hello world", " hello", "hello", "wor  ld"]:
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours("hello", add_special_tokens=False)["input_ids"] != bare.encode("hello").ids
 
 
 def test_directory_without_a_tokenizer(tmp_path):

@@ -5,6 +5,7 @@ network, so it is only compiled; `install` has the two commands of the README, w
 looked up here and which CI runs as they stand.
 """
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -12,6 +13,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import typer
 
 from medusa_ext import Engine, cli
 from medusa_ext.options import GenerateOptions, Options
@@ -91,10 +93,25 @@ def test_table_of_generate_options() -> None:
 
 
 def test_table_of_engine_options() -> None:
-    rows = table("Of `Engine`:")
+    rows = table("Of `Engine` ")
     parameters = inspect.signature(Engine).parameters
     defaults = {name: repr(one.default) for name, one in parameters.items() if name != "model"}
     assert {name: default.replace('"', "'") for name, default in rows.items()} == defaults
+
+
+def test_the_tables_are_true_of_the_command_line() -> None:
+    """Every option of the tables is a flag with the same default; the rest is explained here."""
+    of_generate, of_engine = table("Of `generate`, `stream`"), table("Of `Engine` ")
+    commands = typer.main.get_command(cli.app).commands
+    exceptions = {"generate": {"drafter"}, "chat": {"drafter", "max_batch", "num_return_sequences"}}
+    for name, missing in exceptions.items():
+        flags = {flag: one for one in commands[name].params for flag in one.opts}
+        for option, default in {**of_generate, **of_engine}.items():
+            flag = f"--{option.replace('_', '-')}"
+            assert (flag in flags) == (option not in missing), (name, flag)
+            if flag in flags and (name, option) != ("chat", "max_new_tokens"):
+                wanted = ast.literal_eval(default) or None
+                assert (flags[flag].default or None) == wanted, (name, flag)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

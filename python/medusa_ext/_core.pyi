@@ -104,6 +104,17 @@ class TreeSpec:
     def depths(self) -> list[int]: ...
 
 class DraftInput:
+    """One text that a drafter guesses for.
+
+    Attributes:
+        request: its id, the same in every step of the text.
+        tokens: prompt and output so far; the last one is the root of the tree.
+        max_nodes: that the tree may have, the root counted.
+        max_depth: of nodes below the root; deeper ones are dropped.
+        has_hidden: whether the hidden state of the text is there, which Medusa heads need; drafters
+            in Python do not see it.
+    """
+
     request: int
     tokens: list[int]
     max_nodes: int
@@ -119,9 +130,17 @@ class Drafter:
 
     def __init__(self) -> None: ...
     @property
-    def max_nodes(self) -> int: ...
-    def draft(self, inputs: list[DraftInput]) -> list[tuple[list[int], list[int]]]: ...
-    def on_finish(self, request: int) -> None: ...
+    def max_nodes(self) -> int:
+        """Of any tree that draft makes, the root counted; read once."""
+    def draft(self, inputs: list[DraftInput]) -> list[tuple[list[int], list[int]]]:
+        """Return (tokens, parents) for each input, parents before their children.
+
+        Siblings with the same token become one node. Ids beyond the vocabulary are dropped with all
+        that follows from them. A negative id, a parent that does not come before its child, or more
+        than max_nodes nodes is an error of the step.
+        """
+    def on_finish(self, request: int) -> None:
+        """Called once when a request has ended: drop what was kept for it."""
 
 def medusa_drafter(model: Model, tree: TreeSpec) -> Drafter: ...
 def prompt_lookup_drafter(

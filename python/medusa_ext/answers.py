@@ -22,6 +22,7 @@ class Answer:
         self._pump = pump
         self._builder = builder
         self._told_to_stop = False
+        self._first_tokens = 0  # that the first step emitted: they came with the prefill
         self.result: Result | None = None
 
     @property
@@ -32,6 +33,7 @@ class Answer:
     def take(self, event: _core.Event) -> str:
         """Take one event; return the text that became final. The last event sets `result`."""
         builder = self._builder
+        self._first_tokens = self._first_tokens or len(event.tokens)
         text = builder.push(event.tokens)
         if event.finish is not None:
             text += builder.finish()
@@ -40,7 +42,7 @@ class Answer:
                 token_ids=builder.token_ids,
                 finish_reason="stop" if builder.stopped else event.finish,
                 prompt_tokens=event.stats.prompt_tokens,
-                stats=make_stats(event.stats),
+                stats=make_stats(event.stats, self._first_tokens or 1),
             )
         elif builder.stopped and not self._told_to_stop:
             self._told_to_stop = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -14,7 +15,7 @@ from medusa_ext import _core
 from medusa_ext.answers import Answer, Stream, Submission, complete
 from medusa_ext.chat import Chat
 from medusa_ext.detokenize import DetokenizerFactory, Transformers
-from medusa_ext.loading import load_model
+from medusa_ext.loading import load_checkpoint, open_checkpoint
 from medusa_ext.options import Options, choice, integer, parse_options, shown
 from medusa_ext.prompts import PromptEncoder
 from medusa_ext.pump import Pump
@@ -65,14 +66,15 @@ class Engine:
                 or "auto": the heads that come with the model, else prompt lookup.
             device: "auto" or "cpu".
             dtype: of weights and cache: "auto" (as in the file), "bf16", "f16" or "f32".
-            tree: of guesses from Medusa heads: "auto", a name, a JSON file, a list of paths, or a
-                `TreeSpec`.
+            tree: of guesses from Medusa heads: "auto", a name, a JSON file, a list (or array) of
+                paths, or a `TreeSpec`.
             max_batch: sequences that decode side by side; more requests wait.
-            max_context: tokens of prompt and output together; None: the model's own.
+            max_context: tokens of prompt and output together, at most the model's own; None: the
+                model's own.
             threads: of the CPU; None: one per core that this process may use.
             cache_tokens: tokens of all sequences that the cache holds; None: min(max_batch *
-                max_context, 16384).
-            prefill_chunk: tokens of a prompt that one step takes at most.
+                max_context, 16384). At most 2**30.
+            prefill_chunk: tokens of a prompt that one step takes at most, up to 8192.
             isa: instruction set of the kernels, "" for the best: "generic", "avx2" or "avx512".
             drafter: your own `medusa_ext.Drafter`, instead of heads.
             local_files_only: never ask the network for a hub id.
@@ -91,26 +93,31 @@ class Engine:
         choice("isa", isa, ISAS)
         session_options = {
             "max_batch": integer("max_batch", max_batch, 1, 1024),
-            "max_context": 0 if max_context is None else integer("max_context", max_context, 2),
-            "cache_tokens": 0 if cache_tokens is None else integer("cache_tokens", cache_tokens, 1),
-            "prefill_chunk": integer("prefill_chunk", prefill_chunk, 1),
+            "cache_tokens": (
+                0 if cache_tokens is None else integer("cache_tokens", cache_tokens, 1, 2**30)
+            ),
+            "prefill_chunk": integer("prefill_chunk", prefill_chunk, 1, 8192),
         }
+        if max_context is not None:  # the upper bound is known below, the type must be right now
+            integer("max_context", max_context, 2)
         num_threads = 0 if threads is None else integer("threads", threads, 1, 1024)
         if drafter is not None:
             if not isinstance(drafter, _core.Drafter):
                 raise ValueError(f"drafter must be a medusa_ext.Drafter, got {shown(drafter)}")
-            if heads not in ("auto", None):
-                raise ValueError(f"give heads or a drafter, not both; got heads={heads!r}")
+            if heads is not None and not (isinstance(heads, str) and heads == "auto"):
+                raise ValueError(f"give heads or a drafter, not both; got heads={shown(heads)}")
             heads = None
-        if tree != "auto":
-            resolve_tree(
-                tree, MAX_RANKS
-            )  # refused before the weights are read; its depth is checked below
+        if not _is_auto(tree):
+            resolve_tree(tree, MAX_RANKS)  # before any file is read; its depth is checked below
 
         backend = _core.Backend("cpu", threads=num_threads, isa=isa)
-        loaded = load_model(
-            model, heads, dtype=dtype, backend=backend, local_files_only=local_files_only
-        )
+        checkpoint = open_checkpoint(model, heads, local_files_only=local_files_only)
+        # What depends on the model's configuration, before the weights are read.
+        self._tree = _tree_for(checkpoint.config, tree)
+        if max_context is not None:
+            limit = checkpoint.config["max_context"]
+            session_options["max_context"] = integer("max_context", max_context, 2, limit)
+        loaded = load_checkpoint(checkpoint, dtype=dtype, backend=backend)
         self._model = loaded.model
         self._config = loaded.config
         self._name = os.fspath(model)
@@ -120,28 +127,17 @@ class Engine:
             loaded.tokenizer, loaded.chat_template, self._config["vocab_size"]
         )
         self._detokenizers = DetokenizerFactory(loaded.tokenizer)
-        self._tree: _core.TreeSpec | None = None
-        self._drafter, self._drafter_name = self._make_drafter(heads, tree, drafter)
+        self._drafter, self._drafter_name = self._make_drafter(heads, drafter)
         self._session = _core.Session(self._model, self._drafter, **session_options)
         self._pid = os.getpid()
         self._pump = Pump(self._session)
 
     def _make_drafter(
-        self, heads: object, tree: Tree, drafter: _core.Drafter | None
+        self, heads: object, drafter: _core.Drafter | None
     ) -> tuple[_core.Drafter | None, str]:
-        num_heads = self._config["heads"]["num_heads"]
-        if num_heads:
-            self._tree = resolve_tree(
-                tree,
-                num_heads,
-                vocab_size=self._config["heads"]["head_vocab"],
-                max_nodes=AUTO_NODES,
-            )
+        if self._tree is not None:
+            num_heads = self._config["heads"]["num_heads"]
             return _core.medusa_drafter(self._model, self._tree), f"{num_heads} Medusa heads"
-        if tree != "auto":
-            raise ValueError(
-                f"tree {shown(tree)} needs Medusa heads, and there are none; leave tree out"
-            )
         if drafter is not None:
             return drafter, type(drafter).__name__
         if heads is None:
@@ -223,7 +219,7 @@ class Engine:
         Args:
             prompt: as for `generate`, but one prompt; S tokens, up to the model's own context.
             return_hidden: return the hidden states too.
-            chunk: tokens that one pass takes at most; does not change the values.
+            chunk: tokens that one pass takes at most, up to 65536; does not change the values.
 
         Returns:
             Logits [S, V] f32; row i judges the token that follows token i. With return_hidden the
@@ -234,10 +230,12 @@ class Engine:
             ValueError: as `generate`.
         """
         pump = self._open_pump()
-        prompts, is_batch = self._encoder.encode_batch(prompt, self._config["max_context"])
+        integer("chunk", chunk, 1, 65536)
+        prompts, is_batch = self._encoder.encode_batch(
+            prompt, self._config["max_context"], generates=False
+        )
         if is_batch:
             raise ValueError(f"score takes one text, got {len(prompts)}; call it once for each")
-        integer("chunk", chunk, 1)
         tokens = prompts[0]
         logits = np.empty((len(tokens), self._config["vocab_size"]), np.float32)
         hidden = (
@@ -245,8 +243,8 @@ class Engine:
             if return_hidden
             else None
         )
-        with pump.alone():  # the model's threads serve one caller at a time
-            _core.score(self._model, tokens, chunk, logits, hidden)
+        # The model's threads serve one caller at a time.
+        pump.alone(lambda: _core.score(self._model, tokens, chunk, logits, hidden))
         return logits if hidden is None else (logits, hidden)
 
     def close(self) -> None:
@@ -322,17 +320,13 @@ class Engine:
     ) -> Submission:
         sampling = options.sampling(prompt_index, sample_index)
         eos_ids = self._eos_ids if options.eos_token_id is None else options.eos_token_id
-        session = self._session
-
-        def submit() -> int:
-            return session.submit(
-                tokens,
-                max_new_tokens=options.max_new_tokens or 0,
-                sampling=sampling,
-                eos_ids=eos_ids,
-            )
-
-        return submit
+        return partial(  # not a closure: see Pump.submit
+            self._session.submit,
+            tokens,
+            max_new_tokens=options.max_new_tokens or 0,
+            sampling=sampling,
+            eos_ids=eos_ids,
+        )
 
     def _open_pump(self) -> Pump:
         if self._pump is None:
@@ -371,3 +365,25 @@ class Engine:
             f"Engine({self._name!r}, drafter={self._drafter_name!r}, dtype={self._model.dtype!r},"
             f" max_context={self._session.max_context}, backend={self._model.backend.detail!r})"
         )
+
+
+def _is_auto(tree: object) -> bool:
+    return isinstance(tree, str) and tree == "auto"  # an array would compare element by element
+
+
+def _tree_for(config: Mapping[str, Any], tree: Tree) -> _core.TreeSpec | None:
+    """Return the tree for the model's Medusa heads, None where there are none.
+
+    Raises:
+        ValueError: the tree does not fit the heads, or there are no heads for it.
+    """
+    heads = config["heads"]
+    if heads["num_heads"]:
+        return resolve_tree(
+            tree, heads["num_heads"], vocab_size=heads["head_vocab"], max_nodes=AUTO_NODES
+        )
+    if not _is_auto(tree):
+        raise ValueError(
+            f"tree {shown(tree)} needs Medusa heads, and there are none; leave tree out"
+        )
+    return None

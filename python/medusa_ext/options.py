@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import numpy as np
+
 from medusa_ext import _core
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -35,9 +37,9 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
-    seed: int | Sequence[int]
+    seed: int | Sequence[int] | np.ndarray
     stop_strings: str | Sequence[str] | None
-    eos_token_id: int | Sequence[int] | None
+    eos_token_id: int | Sequence[int] | np.ndarray | None
     num_return_sequences: int
     acceptance: str
     epsilon: float
@@ -51,15 +53,16 @@ class Options:
     Attributes:
         max_new_tokens: tokens at most, end-of-sequence included; None: up to the end of the
             context.
-        temperature: >= 0; 0 takes the likeliest token.
+        temperature: 0 takes the likeliest token; else in [1e-6, 1e6].
         top_k: keep the k likeliest ids; 0: all.
         top_p: in (0, 1]; keep the likeliest ids up to this mass.
         min_p: in [0, 1]; keep ids at least this likely, relative to the likeliest.
-        repetition_penalty: > 0; above 1 makes tokens of the text so far less likely.
-        seed: one number for every prompt, or one per prompt.
+        repetition_penalty: in [1e-3, 1e3]; above 1 makes tokens of the text so far less likely.
+        seed: one number for every prompt, or one per prompt (a list or an array).
         stop_strings: the text ends before the first of these.
-        eos_token_id: ids that end the text; None: the model's own.
-        num_return_sequences: samples per prompt.
+        eos_token_id: ids that end the text, one or several (a list or an array); [] for none, so
+            that only the length ends it; None: the model's own.
+        num_return_sequences: samples per prompt, at most 65536; more than one need a temperature.
         acceptance: "exact", or "typical" (faster, changes the output).
         epsilon: of typical acceptance, in [0, 1].
         delta: of typical acceptance, >= 0.
@@ -122,13 +125,13 @@ def parse_options(given: Mapping[str, Any], *, num_prompts: int, vocab_size: int
             case "max_new_tokens":
                 values[name] = None if value is None else integer(name, value, 1, 2**31 - 1)
             case "temperature":
-                values[name] = number(name, value, 0.0, 3.0e38)
+                values[name] = number(name, value, 1e-6, 1e6, or_zero=True)
             case "top_k":
                 values[name] = integer(name, value, 0, 2**31 - 1)
-            case "top_p" | "repetition_penalty":
-                values[name] = number(
-                    name, value, 0.0, 1.0 if name == "top_p" else 3.0e38, open_low=True
-                )
+            case "top_p":
+                values[name] = number(name, value, 0.0, 1.0, open_low=True)
+            case "repetition_penalty":
+                values[name] = number(name, value, 1e-3, 1e3)
             case "min_p" | "epsilon":
                 values[name] = number(name, value, 0.0, 1.0)
             case "delta":
@@ -140,10 +143,16 @@ def parse_options(given: Mapping[str, Any], *, num_prompts: int, vocab_size: int
             case "eos_token_id":
                 values[name] = _eos(value, vocab_size)
             case "num_return_sequences":
-                values[name] = integer(name, value, 1, 2**31 - 1)
+                values[name] = integer(name, value, 1, 65536)
             case "acceptance":
                 values[name] = choice(name, value, ("exact", "typical"))
     options = Options(**values)
+    draws = options.temperature > 0 and options.acceptance == "exact"
+    if options.num_return_sequences > 1 and not draws:
+        raise ValueError(
+            f"num_return_sequences={options.num_return_sequences} needs a temperature above 0 and"
+            ' acceptance="exact": otherwise all samples of a prompt are the same'
+        )
     if options.acceptance == "typical":
         defaults = Options()
         filters = [
@@ -161,31 +170,39 @@ def parse_options(given: Mapping[str, Any], *, num_prompts: int, vocab_size: int
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """Return `value` as an int in [low, high]; ValueError names it otherwise."""
-    allowed = (
-        f"an integer of {low} or more"
-        if high is None or high >= 2**31 - 1
-        else f"an integer in [{low}, {high}]"
-    )
     try:
-        result = operator.index(value)  # type: ignore[arg-type]  # it raises TypeError itself
+        result = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise ValueError(f"{name} must be {allowed}, got {shown(value)}") from None
-    if isinstance(value, bool) or result < low or (high is not None and result > high):
-        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+        result = None
+    too_large = high is not None and result is not None and result > high
+    if result is None or result < low or too_large:
+        # A bound so large is no news to whoever gave something else.
+        is_range = high is not None and (too_large or high < 2**31 - 1)
+        allowed = f"in [{low}, {high}]" if is_range else f"of {low} or more"
+        raise ValueError(f"{name} must be an integer {allowed}, got {shown(value)}")
     return result
 
 
-def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
-    """Return `value` as a float in [low, high], or (low, high]; ValueError names it otherwise."""
-    if high < 1e38:
-        allowed = f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
-    else:
-        allowed = f"a number above {low:g}" if open_low else f"a number of {low:g} or more"
+def number(
+    name: str,
+    value: object,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    or_zero: bool = False,
+) -> float:
+    """Return `value` as a float in [low, high] or (low, high], or 0; ValueError names it else."""
+    span = f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+    span = span if high < 1e38 else f"of {low:g} or more"
+    allowed = f"{'0 or ' if or_zero else ''}a number {span}"
     try:
         is_other = isinstance(value, bool | str | bytes)
         result = math.nan if is_other else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         result = math.nan
+    if or_zero and result == 0:
+        return 0.0
     if not low <= result <= high or (open_low and result == low):
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return result
@@ -198,6 +215,11 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> str:
     return value
 
 
+def plain(value: object) -> object:
+    """Return a NumPy array or number as plain lists and numbers; anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
 def shown(value: object, limit: int = 60) -> str:
     """Return `value` as an error message shows it: one line, cut."""
     text = " ".join(repr(value).split())
@@ -205,6 +227,7 @@ def shown(value: object, limit: int = 60) -> str:
 
 
 def _seed(value: object, num_prompts: int) -> int | tuple[int, ...]:
+    value = plain(value)
     if not isinstance(value, Sequence) or isinstance(value, str):
         return integer("seed", value, 0, 2**64 - 1)
     seeds = tuple(integer(f"seed[{index}]", seed, 0, 2**64 - 1) for index, seed in enumerate(value))
@@ -230,5 +253,6 @@ def _stop_strings(value: object) -> tuple[str, ...]:
 def _eos(value: object, vocab_size: int) -> tuple[int, ...] | None:
     if value is None:
         return None
-    ids = value if isinstance(value, Sequence) else [value]
+    value = plain(value)
+    ids = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     return tuple(integer("eos_token_id", token, 0, vocab_size - 1) for token in ids)

@@ -37,17 +37,24 @@ class PromptEncoder:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()  # transformers changes the tokenizer's state while it encodes
 
-    def encode_batch(self, prompt: object, max_tokens: int) -> tuple[list[list[int]], bool]:
+    def encode_batch(
+        self, prompt: object, max_tokens: int, *, generates: bool = True
+    ) -> tuple[list[list[int]], bool]:
         """Return the token ids of every prompt, and whether the caller gave a batch.
 
         Args:
             prompt: one prompt or a list of prompts.
             max_tokens: that a prompt may have.
+            generates: whether a new token must fit too, for the error of a prompt too long.
 
         Raises:
             ValueError: a prompt is empty, too long, or none of the allowed kinds.
         """
         if isinstance(prompt, Mapping):
+            if "input_ids" in prompt:
+                raise ValueError(
+                    'the prompt is a mapping, as a tokenizer gives; pass its ["input_ids"]'
+                )
             raise ValueError(
                 f"a single message is no prompt; put it in a list: [{shown(dict(prompt))}]"
             )
@@ -58,21 +65,24 @@ class PromptEncoder:
         if len(prompt) == 0:
             raise ValueError(f"the prompt is empty; give {_ALLOWED}")
         if isinstance(prompt, str) or isinstance(prompt[0], int | np.integer | Mapping):
-            return [self._checked(prompt, "the prompt", max_tokens)], False
+            return [self._checked(prompt, "the prompt", max_tokens, generates)], False
         return [
-            self._checked(item, f"prompt {index} of the batch", max_tokens)
+            self._checked(item, f"prompt {index} of the batch", max_tokens, generates)
             for index, item in enumerate(prompt)
         ], True
 
-    def _checked(self, prompt: object, name: str, max_tokens: int) -> list[int]:
+    def _checked(self, prompt: object, name: str, max_tokens: int, generates: bool) -> list[int]:
         ids = self._encode(prompt, name)
         if not ids:
             raise ValueError(f"{name} is empty; give at least one token")
         if len(ids) > max_tokens:
-            raise ValueError(
-                f"{name} has {len(ids)} tokens, but the context has room for {max_tokens}"
-                " and one new token; shorten it, or raise max_context if the model's own is longer"
+            room = (
+                f"the context has room for {max_tokens} and one new token; shorten it, or raise"
+                " max_context if the model's own is longer"
+                if generates
+                else f"the model's context has room for {max_tokens}; shorten it"
             )
+            raise ValueError(f"{name} has {len(ids)} tokens, but {room}")
         return ids
 
     def _encode(self, prompt: object, name: str) -> list[int]:
@@ -100,6 +110,12 @@ class PromptEncoder:
         """Return the token ids of raw text, by default with the tokenizer's special tokens."""
         if self._tokenizer is None:
             raise ValueError("this model came without a tokenizer; pass token ids")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                "the prompt is not valid Unicode (a lone surrogate, or input that is not UTF-8)"
+            ) from None
         with self._lock:
             encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return list(encoded["input_ids"])

@@ -16,10 +16,12 @@ class Stats:
     Attributes:
         steps: passes over the model that emitted tokens.
         tokens_per_step: tokens emitted per step; 1 for plain decoding.
-        accepted_lengths: [n]: steps that emitted n tokens.
-        prefill_s: seconds from the start of the request's work to its first token.
-        decode_s: seconds from the first token to the last.
-        decode_tokens_per_s: tokens after the first, per second of decode_s; 0 if there are none.
+        accepted_lengths: [n]: steps that emitted n tokens; together they may be more than
+            token_ids has, which ends with the token that completes a stop string.
+        prefill_s: seconds from the start of the request's work to the end of its first step.
+        decode_s: seconds from there to the end of the last step.
+        decode_tokens_per_s: tokens after the first step, per second of decode_s; 0 if there are
+            none.
         reused_tokens: tokens of the prompt whose keys and values were still in the cache.
     """
 
@@ -70,8 +72,13 @@ class Piece:
     result: Result | None = None
 
 
-def make_stats(stats: _core.RequestStats) -> Stats:
-    """Return the session's counts of a finished request with the rates that follow from them."""
+def make_stats(stats: _core.RequestStats, first_tokens: int = 1) -> Stats:
+    """Return the session's counts of a finished request with the rates that follow from them.
+
+    Args:
+        stats: of the request's last event.
+        first_tokens: that the first step emitted.
+    """
     lengths = list(stats.accepted_lengths)
     emitted = sum(length * count for length, count in enumerate(lengths))
     return Stats(
@@ -80,8 +87,10 @@ def make_stats(stats: _core.RequestStats) -> Stats:
         accepted_lengths=lengths,
         prefill_s=stats.prefill_s,
         decode_s=stats.decode_s,
-        decode_tokens_per_s=(emitted - 1) / stats.decode_s
-        if stats.decode_s > 0 and emitted > 1
-        else 0.0,
+        decode_tokens_per_s=(
+            (emitted - first_tokens) / stats.decode_s
+            if stats.decode_s > 0 and emitted > first_tokens
+            else 0.0
+        ),
         reused_tokens=stats.reused_tokens,
     )

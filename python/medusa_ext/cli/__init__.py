@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -16,7 +16,6 @@ from medusa_ext.cli.generate import generate
 
 app = typer.Typer(
     name="medusa-ext",
-    help="Language models on your own machine, several tokens per pass, exactly the same text.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -34,6 +33,24 @@ def version() -> None:
     from medusa_ext import _core
 
     print(f"medusa-ext {_core.__version__} (cpu: {', '.join(_core.available_isas())})")
+
+
+def _version_flag(given: bool) -> None:
+    if given:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_version_flag, help="As the command version."
+        ),
+    ] = False,
+) -> None:
+    """Language models on your own machine, several tokens per pass, exactly the same text."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -65,11 +82,23 @@ def _show_warning(message: Warning | str, *_: object) -> None:
     print(f"medusa-ext: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def _help_for(context: Any, *, follows_sentence: bool) -> str:  # noqa: ANN401 - click's context
+    """Return what to do after a usage error: the commands there are, and where options stand."""
+    group = getattr(context.command, "commands", None)
+    see = f"see {context.command_path} --help"
+    if not follows_sentence:
+        return f"; {see}"
+    return f" Commands are {', '.join(group)}; {see}" if group else f" {see.capitalize()}"
+
+
 def _report(error: Exception) -> int:
     """Print one line and return the status: 2 for the user's mistakes."""
     usage = getattr(error, "format_message", None)  # typer's own errors, whichever click it carries
     message = usage() if usage is not None else str(error)
     line = " ".join(message.split()) or type(error).__name__
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        line += _help_for(context, follows_sentence=line.endswith((".", "?")))
     print(f"medusa-ext: error: {line}", file=sys.stderr)
     bad_input = usage is not None or isinstance(
         error, ValueError | NotImplementedError | OSError | ImportError

@@ -10,7 +10,6 @@ import typer
 
 from medusa_ext.chat import Chat
 from medusa_ext.cli import common
-from medusa_ext.options import parse_options
 
 
 def chat(
@@ -25,11 +24,18 @@ def chat(
     min_p: common.MinP = 0.0,
     repetition_penalty: common.RepetitionPenalty = 1.0,
     seed: common.Seed = 0,
+    stop_strings: common.StopStrings = None,
+    eos_token_id: common.EosTokenId = None,
     acceptance: common.Acceptance = "exact",
+    epsilon: common.Epsilon = 0.09,
+    delta: common.Delta = 0.3,
     dtype: common.DType = "auto",
     device: common.Device = "auto",
     threads: common.Threads = None,
     max_context: common.MaxContext = None,
+    cache_tokens: common.CacheTokens = None,
+    prefill_chunk: common.PrefillChunk = 512,
+    isa: common.Isa = "",
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
     """Talk with the model. /reset begins anew, /exit or ^D leaves, ^C stops an answer."""
@@ -41,9 +47,13 @@ def chat(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        "stop_strings": stop_strings,
+        "eos_token_id": eos_token_id or None,
         "acceptance": acceptance,
+        "epsilon": epsilon,
+        "delta": delta,
     }
-    parse_options(options, num_prompts=1, vocab_size=1)  # refused before the model is loaded
+    common.check_options(options)
     engine = common.make_engine(
         model,
         heads,
@@ -52,6 +62,9 @@ def chat(
         device=device,
         threads=threads,
         max_context=max_context,
+        cache_tokens=cache_tokens,
+        prefill_chunk=prefill_chunk,
+        isa=isa,
         local_files_only=local_files_only,
         max_batch=1,
     )
@@ -61,6 +74,7 @@ def chat(
 
 def converse(conversation: Chat, options: dict[str, Any]) -> None:
     """Read lines and answer them until /exit, ^D, or ^C at the prompt."""
+    common.accept_any_input()
     interactive = sys.stdin.isatty()
     if interactive:
         print(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medusa_ext.options import parse_options
 from medusa_ext.results import Piece, Result, Stats
 
 if TYPE_CHECKING:
@@ -26,6 +28,12 @@ Tree = Annotated[str, typer.Option(help="Name of a tree, a .json file of paths, 
 DType = Annotated[str, typer.Option(help="auto, bf16, f16 or f32.")]
 Device = Annotated[str, typer.Option(help="auto or cpu.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")]
+CacheTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens in the cache; max-batch * max-context by default, at most 16384."),
+]
+PrefillChunk = Annotated[int, typer.Option(help="Prompt tokens that one pass takes at most.")]
+Isa = Annotated[str, typer.Option(help="CPU kernels: generic, avx2, avx512; the best by default.")]
 MaxContext = Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Never ask the network.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens at most.")]
@@ -37,10 +45,17 @@ TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this 
 MinP = Annotated[float, typer.Option(help="Keep tokens this likely relative to the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: repeat less.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
-Stop = Annotated[
-    list[str] | None, typer.Option("--stop", help="End before this string; may be repeated.")
+StopStrings = Annotated[
+    list[str] | None,
+    typer.Option("--stop-strings", "--stop", help="End before this string; may be repeated."),
+]
+EosTokenId = Annotated[
+    list[int] | None,
+    typer.Option(help="End after this token instead of the model's own; may be repeated."),
 ]
 Acceptance = Annotated[str, typer.Option(help="exact, or typical (faster, changes the output).")]
+Epsilon = Annotated[float, typer.Option(help="Threshold of typical acceptance.")]
+Delta = Annotated[float, typer.Option(help="Threshold of typical acceptance.")]
 
 
 def make_engine(
@@ -52,6 +67,9 @@ def make_engine(
     device: str,
     threads: int | None,
     max_context: int | None,
+    cache_tokens: int | None,
+    prefill_chunk: int,
+    isa: str,
     local_files_only: bool,
     max_batch: int = 8,
 ) -> Engine:
@@ -68,13 +86,27 @@ def make_engine(
         threads=threads,
         max_context=max_context,
         max_batch=max_batch,
+        cache_tokens=cache_tokens,
+        prefill_chunk=prefill_chunk,
+        isa=isa,
         local_files_only=local_files_only,
     )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what is wrong with the options of a request before the model is loaded."""
+    parse_options(options, num_prompts=1, vocab_size=2**31 - 1)
 
 
 def heads_argument(heads: str) -> str | None:
     """Return what the Python functions take for `--heads`."""
     return None if heads == "none" else heads
+
+
+def accept_any_input() -> None:
+    """Read standard input to the end even where it is not UTF-8; the prompt's check refuses it."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def quiet_libraries() -> None:
@@ -103,10 +135,14 @@ def print_statistics(result: Result) -> None:
 
 def statistics_line(new_tokens: int, prompt_tokens: int, stats: Stats) -> str:
     """Return `[128 tokens, 45.1 tokens/s, 1.93 tokens/step, prefill 37 tokens in 0.12 s]`."""
-    computed = prompt_tokens - stats.reused_tokens
     reused = f" ({stats.reused_tokens} from the cache)" if stats.reused_tokens else ""
+    rate = f" {stats.decode_tokens_per_s:.1f} tokens/s," if stats.decode_tokens_per_s else ""
     return (
-        f"[{new_tokens} tokens, {stats.decode_tokens_per_s:.1f} tokens/s,"
-        f" {stats.tokens_per_step:.2f} tokens/step,"
-        f" prefill {computed} tokens{reused} in {stats.prefill_s:.2f} s]"
+        f"[{_tokens(new_tokens)},{rate} {stats.tokens_per_step:.2f} tokens/step,"
+        f" prefill {_tokens(prompt_tokens - stats.reused_tokens)}{reused}"
+        f" in {stats.prefill_s:.2f} s]"
     )
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from medusa_ext.cli import common
-from medusa_ext.options import DEFAULT_MAX_NEW_TOKENS, parse_options
+from medusa_ext.options import DEFAULT_MAX_NEW_TOKENS
 
 
 def generate(
@@ -42,15 +42,19 @@ def generate(
     min_p: common.MinP = 0.0,
     repetition_penalty: common.RepetitionPenalty = 1.0,
     seed: common.Seed = 0,
-    stop: common.Stop = None,
+    stop_strings: common.StopStrings = None,
+    eos_token_id: common.EosTokenId = None,
     acceptance: common.Acceptance = "exact",
-    epsilon: Annotated[float, typer.Option(help="Of typical acceptance.")] = 0.09,
-    delta: Annotated[float, typer.Option(help="Of typical acceptance.")] = 0.3,
+    epsilon: common.Epsilon = 0.09,
+    delta: common.Delta = 0.3,
     dtype: common.DType = "auto",
     device: common.Device = "auto",
     threads: common.Threads = None,
     max_batch: Annotated[int, typer.Option(help="Texts made side by side.")] = 8,
     max_context: common.MaxContext = None,
+    cache_tokens: common.CacheTokens = None,
+    prefill_chunk: common.PrefillChunk = 512,
+    isa: common.Isa = "",
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
     """Complete prompts: text goes to standard output, a line of statistics to standard error."""
@@ -67,13 +71,14 @@ def generate(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
-        "stop_strings": stop or [],
+        "stop_strings": stop_strings,
+        "eos_token_id": eos_token_id or None,
         "acceptance": acceptance,
         "epsilon": epsilon,
         "delta": delta,
         "num_return_sequences": num_return_sequences,
     }
-    parse_options(options, num_prompts=1, vocab_size=1)  # refused before the model is loaded
+    common.check_options(options)
     engine = common.make_engine(
         model,
         heads,
@@ -83,6 +88,9 @@ def generate(
         threads=threads,
         max_context=max_context,
         max_batch=max_batch,
+        cache_tokens=cache_tokens,
+        prefill_chunk=prefill_chunk,
+        isa=isa,
         local_files_only=local_files_only,
     )
     with engine:
@@ -97,6 +105,7 @@ def generate(
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
     """Return all prompts: arguments, standard input for "-", lines of the file; none is empty."""
+    common.accept_any_input()
     texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in given]
     if file is not None:
         try:

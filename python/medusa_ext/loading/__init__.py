@@ -3,14 +3,16 @@
 source (where it lies) -> checkpoint (config, plan of tensors) -> load | export | inspect.
 """
 
+from medusa_ext.loading.checkpoint import Checkpoint, open_checkpoint
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.exporting import export
 from medusa_ext.loading.heads import HeadsInfo
 from medusa_ext.loading.inspection import Inspection, inspect
-from medusa_ext.loading.load import LoadedModel, load_model
+from medusa_ext.loading.load import LoadedModel, load_checkpoint, load_model
 from medusa_ext.loading.source import Source, resolve
 
 __all__ = [
+    "Checkpoint",
     "HeadsInfo",
     "Inspection",
     "LoadError",
@@ -18,6 +20,8 @@ __all__ = [
     "Source",
     "export",
     "inspect",
+    "load_checkpoint",
     "load_model",
+    "open_checkpoint",
     "resolve",
 ]

@@ -72,13 +72,16 @@ def open_checkpoint(
     Raises:
         LoadError: anything missing, surplus, damaged or unsupported.
     """
+    named = not (heads is None or (isinstance(heads, str) and heads in ("auto", "prompt-lookup")))
+    if isinstance(heads, str) and heads == "none":
+        raise LoadError("heads is 'none'; for plain decoding give None")
     source = model if isinstance(model, Source) else resolve(model, **hub)
     hub.pop("revision", None)  # of the model, not of the heads
     opened, own = {"gguf": _open_gguf, "export": _open_export, "directory": _open_directory}[
         source.kind
-    ](source, heads == "auto")
-    if heads not in (None, "auto", "prompt-lookup"):
-        found = resolve(heads, **hub)
+    ](source, not named and heads == "auto")
+    if named:
+        found = resolve(heads, what="heads", **hub)  # type: ignore[arg-type]  # it refuses others
         if found.kind != "directory":
             raise LoadError(
                 f'heads {found.given} is a file; give a directory, a hub id, "auto" or None'

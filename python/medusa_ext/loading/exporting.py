@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from medusa_ext.loading.checkpoint import FORMAT, Checkpoint, open_checkpoint
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.files import FLOAT_BYTES
@@ -27,8 +29,8 @@ def export(
     """Write a model, its heads and its tokenizer as one file.
 
     Tensors keep the type they are stored in; blocks of a quantised GGUF become bf16. They are
-    written one at a time to
-    a temporary file beside `out`, which takes its place only when it is complete.
+    written one at a time to a temporary file beside `out`, which takes its place only when it is
+    complete.
 
     Args:
         model: what `load_model` takes.
@@ -63,7 +65,7 @@ def export(
                 Path(name).unlink()
             raise
     except OSError as error:
-        raise LoadError(f"cannot write {path}: {error.strerror}") from None
+        raise LoadError(f"cannot write {path}: {error.strerror or error}") from None
     return path
 
 
@@ -95,7 +97,7 @@ def _write(file: BinaryIO, entries: list[Entry], metadata: dict[str, str], expan
     file.write(struct.pack("<Q", len(text)) + text)
     for entry in sorted(entries, key=lambda entry: entry.name):
         array, _ = entry.read(_stored(entry, expanded))
-        array.tofile(file)
+        file.write(array.reshape(-1).view(np.uint8).data)  # tofile hides why a disk refuses
         del array
         entry.file.release(entry.key)
 

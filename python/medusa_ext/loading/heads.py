@@ -18,7 +18,7 @@ from medusa_ext.loading.files import (
     SafetensorsTensors,
     TensorFile,
 )
-from medusa_ext.loading.hf import HEAD_PREFIXES, open_weights
+from medusa_ext.loading.hf import HEAD_PREFIXES, has_weights, open_weights
 from medusa_ext.loading.plan import Convert, Entry, TensorSet
 
 _FILES: list[tuple[str, Callable[[Path], TensorFile], str]] = [
@@ -88,7 +88,7 @@ def open_heads(folder: Path, base: Config) -> Heads:
             return _Reader(tensors, "", _ORIGINAL, letter, raw, base, path).read()
     if raw.get("model_type") == "medusa":
         return _open_vllm(open_weights(folder), raw, base, path)
-    heads = heads_inside(open_weights(folder), raw, base, path)
+    heads = heads_inside(open_weights(folder), raw, base, path) if has_weights(folder) else None
     if heads is None:
         raise LoadError(
             f"{folder} holds no Medusa heads; wanted medusa_lm_head.safetensors, "
@@ -197,8 +197,7 @@ class _Reader:
             if shape[-1:] != (self.hidden,) and len(set(shape)) == 1:
                 raise LoadError(
                     f"{self.tensors.where[key].path}: the heads are for hidden size {shape[-1]} "
-                    f"(tensor {key}), "
-                    f"the model has {self.hidden}"
+                    f"(tensor {key}), the model has {self.hidden}"
                 )
 
     def block_entries(self, optional_bias: bool = False) -> list[Entry]:

@@ -40,6 +40,11 @@ _LAYOUTS: list[tuple[str, str, Callable[[Path], TensorFile]]] = [
 ]
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether `open_weights` finds a file to open."""
+    return any((folder / name).is_file() for layout in _LAYOUTS for name in layout[:2])
+
+
 def open_weights(folder: Path) -> TensorSet:
     """The weights of a directory, safetensors before pickles, nothing read yet.
 

@@ -44,17 +44,22 @@ def load_model(
         heads: a directory or hub id, None for none, "auto" for those that come with the model, if
             any.
         dtype: of weights and cache in memory: "f32", "f16", "bf16", or "auto" for the file's own
-            (bf16 where it is
-            quantised).
+            (bf16 where it is quantised).
         backend: where the weights go.
         **hub: local_files_only, cache_dir and revision of `resolve`.
 
     Raises:
         LoadError: one line that names the file and what is wrong with it; nothing stays in memory.
     """
-    if dtype != "auto" and dtype not in FLOAT_BYTES:
-        raise LoadError(f"dtype is {dtype!r}; wanted one of auto, {', '.join(FLOAT_BYTES)}")
-    checkpoint = open_checkpoint(model, heads, **hub)
+    _check_dtype(dtype)
+    return load_checkpoint(open_checkpoint(model, heads, **hub), dtype=dtype, backend=backend)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, *, dtype: str = "auto", backend: _core.Backend
+) -> LoadedModel:
+    """Load what `open_checkpoint` found and checked; dtype, backend and errors as `load_model`."""
+    _check_dtype(dtype)
     tokenizer = checkpoint.tokenizer()
     eos_ids = checkpoint.eos_ids(tokenizer)
     chosen = checkpoint.stored_dtype if dtype == "auto" else dtype
@@ -68,6 +73,11 @@ def load_model(
         weights_dtype=chosen,
         source=checkpoint.source,
     )
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype != "auto" and dtype not in FLOAT_BYTES:
+        raise LoadError(f"dtype is {dtype!r}; wanted one of auto, {', '.join(FLOAT_BYTES)}")
 
 
 def build(checkpoint: Checkpoint, dtype: str, backend: _core.Backend) -> _core.Model:

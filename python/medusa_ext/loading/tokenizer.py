@@ -5,7 +5,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from medusa_ext.loading.config import read_json
 from medusa_ext.loading.errors import LoadError
+
+# Values of tokenizer_class with which tokenizer.json is taken as it stands. Other classes of
+# transformers 5, such as LlamaTokenizer, build normalizer and pre-tokenizer themselves, whatever
+# the file says. (So does Qwen2Tokenizer, but as every published file of that family has them.)
+_PLAIN_CLASSES = (
+    None,
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
+    "Qwen2Tokenizer",
+    "Qwen2TokenizerFast",
+)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -19,13 +33,13 @@ def from_directory(folder: Path) -> Any:  # noqa: ANN401 - a transformers tokeni
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     try:
-        if (folder / "tokenizer.json").exists():
-            # All there is to know stands in this file. AutoTokenizer would import torch where it is
-            # installed, 250 MB and seconds, only to come to the same class.
+        if (folder / "tokenizer.json").exists() and _class_of(folder) in _PLAIN_CLASSES:
+            # AutoTokenizer would import torch where it is installed, 250 MB and seconds, only to
+            # come to the same ids.
             from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-        if (folder / "tokenizer.model").exists():
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
             _need_sentencepiece(folder)
         from transformers import AutoTokenizer
 
@@ -39,6 +53,11 @@ def from_directory(folder: Path) -> Any:  # noqa: ANN401 - a transformers tokeni
         raise LoadError(
             f"the tokenizer in {folder} cannot be loaded: {lines[0][:200] if lines else error!r}"
         ) from error
+
+
+def _class_of(folder: Path) -> object:
+    path = folder / "tokenizer_config.json"
+    return read_json(path).get("tokenizer_class") if path.is_file() else None
 
 
 def _need_sentencepiece(folder: Path) -> None:

@@ -8,10 +8,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medusa_ext import _core
+from medusa_ext.options import plain, shown
 
 Paths = list[list[int]]
-Tree = str | os.PathLike[str] | Sequence[Sequence[int]] | _core.TreeSpec
+Tree = str | os.PathLike[str] | Sequence[Sequence[int]] | np.ndarray | _core.TreeSpec
 
 MAX_RANKS = 256  # candidates that top_k keeps of each head
 AUTO_TREE = "mc_sim_7b_63"
@@ -60,8 +63,8 @@ def resolve_tree(
     """The tree for a model's heads.
 
     Args:
-        tree: "auto" (a published tree cut to the heads), a name, a JSON file, a list of paths, or
-            a TreeSpec.
+        tree: "auto" (a published tree cut to the heads), a name, a JSON file, a list (or
+            array) of paths, or a TreeSpec.
         num_heads: the depth that the heads can fill, at least 1.
         vocab_size: tokens that each head ranks; None: no bound but MAX_RANKS.
         max_nodes: for "auto" alone: the nodes to keep, the root counted.
@@ -106,25 +109,31 @@ def _named() -> dict[str, Paths]:
 
 def _checked_paths(value: Any, what: str) -> Paths:  # noqa: ANN401 - JSON
     """Plain lists of whole numbers; TreeSpec checks what they mean."""
+    value = plain(value)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(
             f"{what} is a {type(value).__name__}; wanted a list of paths such as [[0], [1], [0, 0]]"
         )
-    for path in value:
+    paths: list[Any] = [plain(path) for path in value]
+    for path in paths:
         if (
             not isinstance(path, Sequence)
             or isinstance(path, str)
             or not all(_is_rank(rank) for rank in path)
         ):
             raise ValueError(
-                f"{what} holds {path!r}; wanted paths such as [0, 0], of whole numbers from 0 to "
-                f"{MAX_RANKS - 1}"
+                f"{what} holds {shown(path)}; wanted paths such as [0, 0], of whole numbers from 0"
+                f" to {MAX_RANKS - 1}"
             )
-    return [list(path) for path in value]
+    return [[int(rank) for rank in path] for path in paths]
 
 
 def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+    return (
+        isinstance(value, int | np.integer)
+        and not isinstance(value, bool)
+        and abs(int(value)) < 2**31
+    )
 
 
 def _fitting(
