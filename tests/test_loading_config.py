@@ -97,7 +97,8 @@ def test_old_type_key_and_plain_theta():
 @pytest.mark.parametrize("rope", util.ROPE_VARIANTS)
 def test_core_takes_the_config(family, rope):
     config = from_hf(util.make_config(family, rope), "config.json")
-    _core.random_model(to_json(config), "f32", 0, _core.Backend(threads=1))
+    model = _core.random_model(to_json(config), "f32", 0, _core.Backend(threads=1))
+    assert json.loads(model.config)["windows"] == config["windows"]
 
 
 @pytest.mark.parametrize(
