@@ -317,7 +317,7 @@ def known_of(backend: _core.Backend, shape: Shape, job: Job, max_context: int) -
     return list(known_tokens(shape, isa_of(backend), job, max_context))
 
 
-def run_scripted(
+def check_scripted(
     backend: _core.Backend,
     shape: Shape,
     jobs: list[Job],

@@ -134,7 +134,7 @@ def engine() -> Engine:
     return demo_engine()
 
 
-def refused(engine: Engine, message: str, prompt: object, **options: object) -> None:
+def assert_refused(engine: Engine, message: str, prompt: object, **options: object) -> None:
     """generate and stream refuse with one line and start nothing."""
     steps = engine.session_stats().steps
     for call in (engine.generate, engine.stream):
@@ -148,7 +148,7 @@ def refused(engine: Engine, message: str, prompt: object, **options: object) -> 
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=lambda value: str(value)[:40])
 def test_bad_options(engine: Engine, options: dict[str, object], message: str) -> None:
-    refused(engine, message, "Hello", **options)
+    assert_refused(engine, message, "Hello", **options)
 
 
 @pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS, ids=lambda value: str(value)[:40])

@@ -7,7 +7,7 @@ import pytest
 
 import exact_util as exact
 from exact_models import CONTEXT, SHAPES, Shape, model_for
-from exact_util import Job, Outcome, ScriptedDrafter, known_of, prompt_of, run_scripted
+from exact_util import Job, Outcome, ScriptedDrafter, check_scripted, known_of, prompt_of
 from medusa_ext import _core
 from util import isa_of
 
@@ -19,7 +19,7 @@ def test_typical_acceptance_at_temperature_0_is_greedy(
     jobs = [
         Job(prompt_of(n, n, shape.vocab), 30, (("acceptance", "typical"),)) for n in (1, 40, 70)
     ]
-    run_scripted(backend, shape, jobs, max_batch=2)
+    check_scripted(backend, shape, jobs, max_batch=2)
     for job in jobs:
         greedy = Job(job.prompt, job.max_new)
         assert known_of(backend, shape, job, 448) == known_of(backend, shape, greedy, 448)

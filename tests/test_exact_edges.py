@@ -7,7 +7,7 @@ import pytest
 
 import exact_util as exact
 from exact_models import CONTEXT, SHAPES, Shape, backend_for, build_model, model_for
-from exact_util import Job, ScriptedDrafter, Tally, known_of, prompt_of, run_scripted
+from exact_util import Job, ScriptedDrafter, Tally, check_scripted, known_of, prompt_of
 from medusa_ext import _core
 from util import isa_of
 
@@ -24,7 +24,7 @@ def test_the_last_position_of_the_context_is_used(backend: _core.Backend, max_co
     lengths = sorted({1, max_context // 2, *range(max(1, max_context - 9), max_context)})
     for shape in SHAPES[:3]:
         jobs = [Job(prompt_of(n, max(n, 1), shape.vocab)) for n in lengths if 1 <= n < max_context]
-        _, outcomes = run_scripted(
+        _, outcomes = check_scripted(
             backend,
             shape,
             jobs,
@@ -46,7 +46,7 @@ def test_an_end_of_sequence_token_at_every_place(backend: _core.Backend) -> None
     known = known_of(backend, shape, Job(prompt, 40), CONTEXT)
     for at in range(40):
         job = Job(prompt, 40, eos=(known[at], shape.vocab + 5))
-        _, [outcome] = run_scripted(backend, shape, [job], max_nodes=24, seed=at, tally=TALLY)
+        _, [outcome] = check_scripted(backend, shape, [job], max_nodes=24, seed=at, tally=TALLY)
         assert outcome.tokens == known[: known.index(known[at]) + 1]
         assert outcome.finish == "stop"
 
@@ -55,7 +55,7 @@ def test_max_new_tokens_at_every_place(backend: _core.Backend) -> None:
     shape = SHAPES[1]
     prompt = prompt_of(4, 61, shape.vocab)
     for count in range(1, 40):
-        _, [outcome] = run_scripted(
+        _, [outcome] = check_scripted(
             backend, shape, [Job(prompt, count)], max_nodes=24, seed=count, tally=TALLY
         )
         assert len(outcome.tokens) == count
@@ -73,7 +73,7 @@ def test_sequences_that_are_set_back_go_on_as_if_nothing_had_been(
     """Three pages for five sequences that each grow to three pages."""
     sampling = ((), (("temperature", 0.8), ("seed", 7)), (("repetition_penalty", 1.2),))
     jobs = [Job(prompt_of(n, 5 + n, shape.vocab), sampling=sampling[n % 3]) for n in range(5)]
-    session, outcomes = run_scripted(
+    session, outcomes = check_scripted(
         backend,
         shape,
         jobs,
@@ -150,7 +150,9 @@ def test_chat_turns_equal_fresh_prompts(backend: _core.Backend, shape: Shape) ->
 def test_the_same_prompt_again_reuses_all_but_its_last_token(backend: _core.Backend) -> None:
     for length in (1, 2, 63, 64, 65, 66, 128, 129):
         job = Job(prompt_of(length, length, PLAIN_SHAPE.vocab), 12)
-        _, outcomes = run_scripted(backend, PLAIN_SHAPE, [job, job, job], tally=TALLY, max_batch=1)
+        _, outcomes = check_scripted(
+            backend, PLAIN_SHAPE, [job, job, job], tally=TALLY, max_batch=1
+        )
         assert [outcome.stats.reused_tokens for outcome in outcomes] == [0, length - 1, length - 1]
 
 
@@ -165,7 +167,7 @@ def test_thirteen_requests_through_any_number_of_slots(backend: _core.Backend) -
             Job(prompt_of(i, n, shape.vocab), 5 + i, sampling[i % 3]) for i, n in enumerate(lengths)
         ]
         for max_batch in (1, 2, 5, 13, 20):
-            run_scripted(
+            check_scripted(
                 backend,
                 shape,
                 jobs,

@@ -83,7 +83,7 @@ def random_drafter(
     return kind, _core.medusa_drafter(model, _core.TreeSpec.from_paths(paths))
 
 
-def run_random_case(backend: _core.Backend, shape: Shape, case: int) -> None:
+def check_random_case(backend: _core.Backend, shape: Shape, case: int) -> None:
     isa = isa_of(backend)
     rng = np.random.default_rng([case, *shape.name.encode()])
     threads = int(rng.integers(1, 3))
@@ -133,7 +133,7 @@ def test_speculation_never_changes_the_tokens(
     backend: _core.Backend, shape: Shape, case_count: Callable[[int], int]
 ) -> None:
     for case in range(case_count(30)):
-        run_random_case(backend, shape, case)
+        check_random_case(backend, shape, case)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)

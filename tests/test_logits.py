@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loading_util import ROPE_VARIANTS
 from medusa_ext import _core
 from medusa_ext.loading import load_model
 from util import U, assert_same_bits
@@ -33,18 +34,6 @@ DEMO_BOUND = 250 * U
 BF16_SPREAD = 0.06
 
 VOCAB, LENGTH = 97, 100
-ROPES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "linear": {"factor": 4.0},
-    "dynamic": {"factor": 2.0},
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
-}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-mha-tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -72,7 +61,7 @@ def save_tiny_model(
     RoPE options.
     """
     model_type, options = FAMILIES[family]
-    rope_parameters = {"rope_type": rope, "rope_theta": 1000.0, **ROPES[rope]}
+    rope_parameters = {"rope_type": rope, "rope_theta": 1000.0, **ROPE_VARIANTS[rope]}
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 48,
@@ -164,7 +153,7 @@ def cases() -> Iterator[tuple[str, str, str]]:
     for family in FAMILIES:
         yield family, "default", "rope_parameters"
     yield "llama", "default", "rope_scaling"
-    for rope in ROPES:
+    for rope in ROPE_VARIANTS:
         if rope != "default":
             yield "llama", rope, "rope_parameters"
             yield "llama", rope, "rope_scaling"
