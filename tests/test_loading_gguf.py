@@ -14,6 +14,7 @@ import loading_util as util
 from medusa_ext import _core
 from medusa_ext.loading import LoadError, load_model
 from medusa_ext.loading.gguf import GgufFile, round_bf16
+from medusa_ext.loading.hf import stored_name
 
 
 @pytest.fixture(scope="module")
@@ -235,8 +236,6 @@ def test_demo_weights_are_transformers(demo_path):
         dtype=torch.float32,
     ).state_dict()
     loaded = util.record("demo", dtype="f32")
-    from medusa_ext.loading.hf import stored_name
-
     assert len(loaded.model.tensors) == 272
     for name, values in loaded.model.tensors.items():
         np.testing.assert_array_equal(values, reference[stored_name(name)])
@@ -261,16 +260,49 @@ def test_demo_facts():
     assert loaded.config["tied_embeddings"]
 
 
+@pytest.fixture(scope="module")
+def pickled_demo(demo_path, tmp_path_factory) -> Path:
+    """The demo model as a directory with a pytorch_model.bin, in bf16."""
+    folder, loaded = tmp_path_factory.mktemp("pickled"), util.record("demo")
+    state = {
+        stored_name(name): torch.from_numpy(values).bfloat16()
+        for name, values in loaded.model.tensors.items()
+    }
+    torch.save(state, folder / "pytorch_model.bin")
+    loaded.tokenizer.save_pretrained(folder)
+    config = loaded.config
+    sizes = {
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "max_context",
+        "rms_norm_eps": "rms_norm_eps",
+        "tie_word_embeddings": "tied_embeddings",
+    }
+    util.write_json(
+        folder / "config.json",
+        {"model_type": "llama"} | {theirs: config[ours] for theirs, ours in sizes.items()},
+    )
+    return folder
+
+
 @pytest.mark.checkpoint
-def test_demo_peak_memory():
+@pytest.mark.parametrize("pickled", [False, True], ids=["gguf", "pickle"])
+def test_demo_peak_memory(pickled, request):
     """At most 1.25 x the resident weights + 200 MB, in a fresh process."""
     code = (
-        "from pathlib import Path; from medusa_ext import _core\n"
+        "import sys; from pathlib import Path; from medusa_ext import _core\n"
         "from medusa_ext.loading import load_model\n"
-        "loaded = load_model('demo', backend=_core.Backend(threads=1))\n"
+        "loaded = load_model(sys.argv[1], backend=_core.Backend(threads=1))\n"
         "status = Path('/proc/self/status').read_text().split('VmHWM:')[1]\n"
         "print(1024 * int(status.split()[0]), loaded.model.weight_bytes)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    model = str(request.getfixturevalue("pickled_demo")) if pickled else "demo"
+    done = subprocess.run(
+        [sys.executable, "-c", code, model], capture_output=True, text=True, check=True
+    )
     peak, weight_bytes = map(int, done.stdout.split())
     assert peak <= 1.25 * weight_bytes + 200e6, f"peak {peak}, weights {weight_bytes}"

@@ -4,9 +4,12 @@ import gc
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ import torch
 
 import loading_util as util
 from medusa_ext import _core
-from medusa_ext.loading import LoadError, inspect, load_model
+from medusa_ext.loading import LoadError, files, inspect, load_model
 from medusa_ext.loading.hf import stored_name
 
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -49,11 +52,41 @@ def test_every_layout(tmp_path, family, dtype, shards, pickled):
     assert util.mappings_of(tmp_path) == []
 
 
-def test_old_pickles_that_cannot_be_mapped(tmp_path):
-    util.make_model(tmp_path, pickled=True, tokenizer=False)
+@pytest.mark.parametrize(
+    ("how", "apart"), [("old", True), ("old", False), ("compressed", False), ("swapped", False)]
+)
+def test_pickles_that_cannot_be_mapped(tmp_path, monkeypatch, how, apart):
+    """They are rewritten to a temporary file, of which nothing is left."""
+    folder, temporary = tmp_path / "model", tmp_path / "temporary"
+    temporary.mkdir()
+    util.make_model(folder, pickled=True, tokenizer=False)
     state = util.random_state(util.make_config(), 0, torch.float32)
-    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert_same_weights(util.record(tmp_path), state)
+    path, plain = folder / "pytorch_model.bin", tmp_path / "plain.bin"
+    if how == "old":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    else:
+        torch.save(state, plain)
+        packing = zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", packing) as target:
+            for name in source.namelist():
+                content = source.read(name)
+                if how == "swapped" and "/data/" in name:
+                    content = np.frombuffer(content, np.float32).byteswap().tobytes()
+                elif how == "swapped" and name.endswith("/byteorder"):
+                    content = {b"little": b"big", b"big": b"little"}[content]
+                target.writestr(name, content)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    if apart:
+        monkeypatch.delitem(sys.modules, "torch")  # so that a process of its own opens it
+    loaded = util.record(folder)
+    assert_same_weights(loaded, state)
+    assert len(loaded.model.tensors) == len(state)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(LoadError):
+        util.record(folder)
+    del loaded
+    gc.collect()
+    assert util.mappings_of(tmp_path) == list(temporary.iterdir()) == []
 
 
 def test_a_transposed_pickle_is_read_by_value(tmp_path):
@@ -312,6 +345,68 @@ def test_pickle_without_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(LoadError, match=r"medusa-ext\[torch\]"):
         util.record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "form"),
+    [
+        (lambda: torch.ones(32, device="meta"), "meta"),
+        (lambda: torch.ones(32).to_sparse(), "sparse_coo"),
+        (lambda: torch.ones(32, dtype=torch.cfloat).conj(), "conjugated"),
+    ],
+)
+def test_pickled_tensor_without_plain_values(tmp_path, make, form):
+    util.make_model(tmp_path, pickled=True, tokenizer=False)
+    torch.save({"odd": make()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(LoadError, match=rf"pytorch_model\.bin: tensor odd .*{form}"):
+        util.record(tmp_path)
+
+
+@pytest.mark.parametrize("program", ["false", "echo", "no such program"])
+def test_pickle_whose_opener_dies_or_prints_nonsense(tmp_path, monkeypatch, program):
+    util.make_model(tmp_path, pickled=True, tokenizer=False)
+    monkeypatch.setattr(sys, "executable", shutil.which(program) or str(tmp_path / program))
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(LoadError, match=r"pytorch_model\.bin cannot be read as a checkpoint"):
+        util.record(tmp_path)
+
+
+def test_pickle_that_shrinks_while_it_is_opened(tmp_path, monkeypatch):
+    """Every place is checked against what was mapped, element by element."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({}, path)
+    size = path.stat().st_size
+    for shape, strides, offset, fits in [
+        ([2, 3], [3, 1], size - 24, True),
+        ([2, 3], [3, 1], size - 23, False),
+        ([2, 3], [4, 1], size - 24, False),
+        ([2, 0], [4, 1], 0, True),
+        ([1], [1], size, False),
+        ([1], [1], -1, False),
+    ]:
+        places = {"a": ["float32", 4, shape, strides, offset]}
+        monkeypatch.setattr(files, "_ask_torch", lambda *_, answer=places: answer)
+        if fits:
+            assert files.PickledTensors(path).read("a", "")[0].shape == tuple(shape)
+        else:
+            with pytest.raises(LoadError, match="tensor a does not lie inside the file"):
+                files.PickledTensors(path)
+
+
+def test_torch_stays_out_of_this_process(tmp_path):
+    """And whatever is called torch in the working directory is not imported."""
+    util.make_model(tmp_path, pickled=True, tokenizer=False)
+    for name in ("torch", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from the working directory')")
+    code = (
+        "import os, sys; from medusa_ext import _core; from medusa_ext.loading import load_model\n"
+        "os.chdir(sys.argv[1])\n"
+        "load_model('.', backend=_core.Backend(threads=1)); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
 
 
 def test_the_core_gets_the_same_weights(tmp_path):

@@ -1,11 +1,13 @@
 """Files of tensors, read one at a time: safetensors, pickles, and arrays made on the spot."""
 
 import ctypes
+import importlib.util
+import json
 import math
 import mmap
-import re
+import subprocess
 import sys
-import warnings
+import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,10 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_ext import _core
+from medusa_ext.loading import pickle_index
 from medusa_ext.loading.errors import LoadError
 
 FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 _SAFETENSORS_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "I32": "i32", "I64": "i64"}
+_TORCH_TYPES = {
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "int32": "i32",
+    "int64": "i64",
+}
+_NUMPY_TYPES = {"f32": "f4", "f16": "f2", "bf16": "u2", "i32": "i4", "i64": "i8"}
 
 
 class TensorFile(Protocol):
@@ -91,72 +102,64 @@ class SafetensorsTensors:
 
 
 class PickledTensors:
-    """A .bin or .pt file: a pickle, opened by torch with weights_only=True: it cannot run code."""
+    """A .bin or .pt file: a pickle, opened by torch with weights_only=True: it cannot run code.
+
+    torch only tells where the tensors stand (pickle_index.py), in a process of its own that ends
+    before any is read, unless this one has it already; the file is mapped here.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises LoadError where torch is missing, or the file holds anything but named tensors."""
-        try:
-            import torch
-        except ModuleNotFoundError:
+        if importlib.util.find_spec("torch") is None:
             raise LoadError(
                 f"{path} is a pickle and needs torch; install it with: pip install "
                 '"medusa-ext[torch]"'
-            ) from None
+            )
         self.path = path
+        self.types: dict[str, str] = {}
+        self.arrays: dict[str, NDArray[Any]] = {}
+        direct = _can_be_mapped(path)
         try:
-            mapped = zipfile.is_zipfile(path)  # the older format cannot be mapped
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's own deprecations, of no use to our users
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as error:  # torch raises whatever its parser met
-            raise LoadError(f"{path} cannot be read as a checkpoint: {_why(error)}") from None
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
-        if not isinstance(state, dict) or not all(
-            isinstance(value, torch.Tensor) for value in state.values()
-        ):
-            raise LoadError(f"{path} holds a {type(state).__name__}; wanted tensors by name")
-        self.mapped = mapped
-        self.state: dict[str, Any] = {str(name): value.detach() for name, value in state.items()}
+            # The temporary file has no name: nothing is left behind, however this process ends.
+            with path.open("rb") if direct else tempfile.TemporaryFile() as file:
+                places = _ask_torch(path, None if direct else file.fileno())
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise LoadError(f"{path} cannot be read as a checkpoint: {error}") from None
+        for name, (word, num_bytes, shape, strides, offset) in places.items():
+            self.types[name] = _TORCH_TYPES.get(word, word)
+            dtype = _NUMPY_TYPES.get(self.types[name], f"V{num_bytes}")
+            byte_strides = [stride * num_bytes for stride in strides]
+            try:  # numpy checks that every element lies inside the buffer
+                self.arrays[name] = np.ndarray(shape, dtype, content, offset, byte_strides)
+            except ValueError:
+                raise LoadError(f"{path}: tensor {name} does not lie inside the file") from None
 
     def names(self) -> Iterable[str]:
         """See TensorFile."""
-        return self.state
+        return self.arrays
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See TensorFile."""
-        return tuple(self.state[name].shape)
+        return self.arrays[name].shape
 
     def dtype(self, name: str) -> str:
         """See TensorFile."""
-        word = str(self.state[name].dtype).removeprefix("torch.")
-        known = {
-            "float32": "f32",
-            "float16": "f16",
-            "bfloat16": "bf16",
-            "int32": "i32",
-            "int64": "i64",
-        }
-        return known.get(word, word)
+        return self.types[name]
 
     def num_bytes(self, name: str) -> int:
         """See TensorFile."""
-        return int(self.state[name].nbytes)
+        return int(self.arrays[name].nbytes)
 
     def read(self, name: str, dtype: str) -> tuple[NDArray[Any], str]:
         """See TensorFile."""
-        import torch
-
-        tensor = self.state[name].contiguous()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(np.uint16), "bf16"
-        return tensor.numpy(), self.dtype(name)
+        return np.require(self.arrays[name], requirements=["C", "ALIGNED"]), self.types[name]
 
     def release(self, name: str) -> None:
         """See TensorFile."""
-        tensor = self.state[name]
-        if self.mapped and tensor.is_contiguous():
-            drop_pages(tensor.data_ptr(), tensor.nbytes)
+        array = self.arrays[name]
+        if array.flags.c_contiguous:
+            drop_pages(array.ctypes.data, array.nbytes)
 
 
 class ArrayTensors:
@@ -207,12 +210,68 @@ def drop_pages(address: int, num_bytes: int) -> None:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
-def _why(error: BaseException) -> str:
-    """One line; torch's own advice to load with weights_only=False is not passed on."""
-    text = str(error)
-    code = re.search(r"GLOBAL ([\w.]+)", text)
-    if code:
-        return f"it asks for {code[1]}, and code in checkpoints is never run"
-    if "weights_only" in text or not text.strip():
-        return "it is damaged, or holds more than tensors"
-    return text.strip().splitlines()[0][:160]
+def _can_be_mapped(path: Path) -> bool:
+    """Whether a pickle holds its tensors as they are in memory; before torch 1.6 none did."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return all(
+                entry.compress_type == zipfile.ZIP_STORED
+                and (
+                    not entry.filename.endswith("/byteorder")
+                    or archive.read(entry) == sys.byteorder.encode()
+                )
+                for entry in archive.infolist()
+            )
+    except Exception:  # zipfile raises whatever it met; torch says what is wrong
+        return False
+
+
+def _ask_torch(path: Path, rewritten: int | None) -> dict[str, Any]:
+    """The places of a pickle's tensors, see pickle_index.py.
+
+    Args:
+        path: the pickle.
+        rewritten: descriptor of an empty file to rewrite the pickle to, which the places are then
+            in; None to leave it as it is.
+
+    Raises:
+        LoadError: torch cannot read the pickle.
+        OSError: no process can be started.
+    """
+    target = "" if rewritten is None else f"/proc/self/fd/{rewritten}"
+    if sys.modules.get("torch") is not None:  # its memory is taken already
+        answer = pickle_index.answer(str(path), target)
+        if isinstance(answer, str):
+            raise LoadError(answer)
+        return answer
+    # Isolated, and without relative folders: nothing is imported from the working directory.
+    folders = [name for name in sys.path if isinstance(name, str) and Path(name).is_absolute()]
+    done = subprocess.run(
+        [
+            sys.executable or "",
+            "-I",
+            Path(__file__).with_name("pickle_index.py"),
+            json.dumps(folders),
+            path,
+            target,
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        pass_fds=[] if rewritten is None else [rewritten],
+    )
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        answer = None
+    if isinstance(answer, str):
+        raise LoadError(answer)
+    if not isinstance(answer, dict):
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise LoadError(
+            f"{path} cannot be read as a checkpoint: the process that opens it with torch ended "
+            f"with status {done.returncode}: {last[:160]}"
+        )
+    return answer
