@@ -1,5 +1,6 @@
 """Builds the extension with CMake and ninja; everything else stands in pyproject.toml."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,7 @@ class CMakeBuild(build_ext):
             "-DPYBIND11_FINDPYTHON=ON",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DMEDUSA_CUDA={os.environ.get('MEDUSA_CUDA', 'AUTO')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
         ]
         subprocess.run(configure, check=True)

@@ -1,92 +1,78 @@
 // bench_decode: what one decoding step costs on this machine, held against the bandwidth of its
-// memory. See benchmarks/README.md for what each number means.
+// memory. See README.md for what each number means.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <cstdio>
 #include <iostream>
-#include <map>
 #include <memory>
-#include <random>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "core/json.h"
-#include "measure.h"
-#include "medusa/error.h"
-#include "medusa/session.h"
+#include "decode_run.h"
+#include "report.h"
 #include "shapes.h"
 
 namespace medusa::bench {
 namespace {
 
-constexpr int kNodeCounts[] = {1, 2, 4, 8, 16, 32, 64};
-constexpr int kMaxNodes = 64;
-constexpr int kPlain = 0;           // stands for no drafter among the node counts
-constexpr int kPromptTokens = 128;  // ahead of the timed steps
 constexpr int kPrefillTokens = 512;
 constexpr int kPrefillSamples = 5;
-constexpr int kCheckTokens = 64;
-constexpr int kRepeatSteps =
-    256;  // a timed request starts anew after this many, so that its cache stays short
-constexpr int64_t kArrayBytes = int64_t{512} << 20;
-
-constexpr const char* kUsage =
-    "usage: bench_decode MODEL.safetensors | --shape smollm2-135m|llama-1b|tiny\n"
-    "       [--dtype bf16|f16|f32] [--threads N] [--isa generic|avx2|avx512] [--rounds N] "
-    "[--json]\n";
+constexpr int kRoom = kRepeatSteps * 8;  // tokens a text may grow by between two starts
 
 struct Options {
-  std::string model, shape;
-  DType dtype = DType::bf16;
-  BackendOptions backend;
-  int rounds = 25;
-  bool json = false;
+  std::string file;  // "": random weights of `shape`
+  NamedShape shape{};
+  int heads = 0;  // -1: those of the model
+  int head_vocab = 0;
+  std::vector<int> contexts, batches, nodes;
+  int max_tokens = 0;  // context x batch beyond this is left out
+  int prefill_chunk = 512;
+  bool prefill = true;
 };
 
-int parse_count(const std::string& name, const std::string& text) {
-  size_t used = 0;
-  int value = 0;
-  try {
-    value = std::stoi(text, &used);
-  } catch (const std::exception&) {
-    used = 0;
+Options take_options(Arguments& args, Common& common) {
+  const bool device = !common.on_cpu() && !common.emulated();
+  constexpr int kMaxContext = 32768;
+  Options o;
+  o.file = args.positional();
+  MEDUSA_CHECK_ARG(o.file.empty() != common.shapes.empty() && common.shapes.size() <= 1,
+                   "give either a model file or one --shape, of ", kShapeNames);
+  if (o.file.empty()) o.shape = find_shape(common.shapes[0]);
+  const int rounds = common.quick ? 5 : 25;
+  common.samples = args.count("--rounds", device ? common.samples : rounds, 1, 100000);
+  common.warm_ups = device ? std::min(common.samples, 10) : 1;
+  o.heads = args.count("--heads", !device ? 0 : o.file.empty() ? 4 : -1, 0, 16);
+  o.head_vocab = args.count("--head-vocab", o.shape.vocab, 1, 1 << 24);
+  o.contexts = device ? std::vector<int>{128, 1024, 4096, 16384} : std::vector<int>{128};
+  o.batches = device ? std::vector<int>{1, 8} : std::vector<int>{1};
+  o.nodes = device ? std::vector<int>{kPlain, 16, 32, 64}
+                   : std::vector<int>{kPlain, 1, 2, 4, 8, 16, 32, 64};
+  if (common.quick) {
+    o.contexts = {common.tiny() ? 40 : 1024};
+    o.batches = {1};
+    o.nodes = device ? std::vector<int>{kPlain, 64} : std::vector<int>{kPlain, 1, 16};
+    o.prefill = false;
   }
-  MEDUSA_CHECK_ARG(used == text.size() && value >= 1 && value <= 100000, name, ": found \"", text,
-                   "\", wanted a number from 1 to 100000");
-  return value;
+  o.contexts = args.counts("--contexts", o.contexts, 1, kMaxContext);
+  o.batches = args.counts("--batches", o.batches, 1, 64);
+  o.nodes = args.counts("--nodes", o.nodes, 0, kMaxTreeNodes);
+  std::sort(o.nodes.begin(), o.nodes.end());  // plain first: the others are held against it
+  o.max_tokens = args.count("--max-tokens", 32768, 1, 1 << 24);
+  if (device) o.prefill_chunk = 2048;
+  args.finish();
+  return o;
 }
 
-Options parse(const std::vector<std::string>& args) {
-  Options options;
-  for (size_t i = 0; i < args.size(); ++i) {
-    const std::string& arg = args[i];
-    const auto value = [&]() -> const std::string& {
-      MEDUSA_CHECK_ARG(i + 1 < args.size(), arg, " needs a value");
-      return args[++i];
-    };
-    if (arg == "--json") {
-      options.json = true;
-    } else if (arg == "--shape") {
-      options.shape = value();
-    } else if (arg == "--dtype") {
-      options.dtype = parse_dtype(value());
-    } else if (arg == "--threads") {
-      options.backend.threads = parse_count(arg, value());
-    } else if (arg == "--isa") {
-      options.backend.isa = value();
-    } else if (arg == "--rounds") {
-      options.rounds = parse_count(arg, value());
-    } else {
-      MEDUSA_CHECK_ARG(!arg.starts_with('-'), "unknown option ", arg);
-      MEDUSA_CHECK_ARG(options.model.empty(), "more than one model: ", options.model, ", ", arg);
-      options.model = arg;
-    }
-  }
-  MEDUSA_CHECK_ARG(options.model.empty() != options.shape.empty(),
-                   "give either a model file or --shape");
-  return options;
+std::shared_ptr<const Model> make_model(const Options& o, const Common& common,
+                                        const std::shared_ptr<Backend>& backend) {
+  if (!o.file.empty()) return load_model(o.file, common.dtypes[0], backend);
+  ModelConfig config = shape_config(o.shape);
+  config.heads.num_heads = o.heads;
+  config.heads.num_layers = o.heads > 0 ? 1 : 0;
+  config.heads.shared_lm_head = o.heads == 0;
+  config.heads.head_vocab = o.heads > 0 ? std::min(o.head_vocab, config.vocab_size) : 0;
+  return random_model(config, common.dtypes[0], 1, backend);
 }
 
 // Bytes of weights that a plain step reads: an embedding that is not lm_head too gives one row,
@@ -102,287 +88,244 @@ int64_t streamed_bytes(const Model& model) {
   return bytes;
 }
 
-// Trees of a set size. The first guess at each depth continues `script` (if any), wrong at every
-// fifth position; the others are random, hung below random nodes.
-class TestDrafter : public Drafter {
+// Those of the first `depth` heads, which a tree of that depth needs.
+int64_t head_bytes(const Model& model, int depth) {
+  int64_t bytes = 0;
+  for (int i = 0; i < depth; ++i) {
+    const Head& head = model.heads[static_cast<size_t>(i)];
+    for (const auto& block : head.blocks) bytes += block->num_bytes();
+    for (const auto& bias : head.biases) bytes += bias->num_bytes();
+    bytes += head.lm_head ? head.lm_head->num_bytes() : model.output().num_bytes();
+  }
+  return bytes;
+}
+
+// One kind of step: plain, or a tree of so many nodes.
+struct Lane {
+  int nodes = kPlain;
+  std::shared_ptr<Stepper> stepper;
+  std::shared_ptr<TestDrafter> guesses;  // null: heads draft, or nobody
+  int64_t drafted_bytes = 0;
+  Samples seconds, cached, emitted;
+};
+
+class DecodeBench {
  public:
-  explicit TestDrafter(int vocab_size) : token_(0, vocab_size - 1) {}
+  DecodeBench(const Options& options, const Common& common)
+      : o_(options),
+        common_(common),
+        backend_(make_backend(common.backend)),
+        model_(make_model(options, common, backend_)),
+        machine_(describe("bench_decode", common, *backend_)),
+        heads_(options.heads < 0 ? model_->config.heads.num_heads : options.heads),
+        kv_bytes_(model_->kv_shape(1).page_bytes() / kPageTokens) {
+    MEDUSA_CHECK_ARG(heads_ <= model_->config.heads.num_heads, "--heads ", heads_,
+                     ": the model has ", model_->config.heads.num_heads);
+  }
 
-  int num_nodes = kMaxNodes;
-  std::vector<int32_t> script;  // prompt and continuation
-
-  int max_nodes() const override { return kMaxNodes; }
-
-  void draft(std::span<const DraftInput> inputs, std::span<DraftTree> trees) override {
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      const DraftInput& input = inputs[i];
-      DraftTree& tree = trees[i];
-      tree.reset(input.tokens.back());
-      const int wanted = input.max_depth > 0 ? std::min(num_nodes, input.max_nodes) : 1;
-      const int most_depth = std::min(input.max_depth, 5);
-      int node = 0;
-      for (size_t at = input.tokens.size(); at < script.size(); ++at) {
-        if (tree.num_nodes() >= wanted || tree.depth(node) >= most_depth || at % 5 == 0) break;
-        node = tree.add(node, script[at]);
-      }
-      // Bounded: a tiny vocabulary may not hold that many distinct siblings.
-      for (int tries = 64 * kMaxNodes; tree.num_nodes() < wanted && tries > 0; --tries) {
-        const int parent = std::uniform_int_distribution<int>(0, tree.num_nodes() - 1)(random_);
-        if (tree.depth(parent) < most_depth) tree.add(parent, token_(random_));
+  void run() {
+    SessionOptions session = session_options(64, 1);
+    std::vector<std::shared_ptr<Drafter>> drafters;
+    for (const int nodes : o_.nodes) {
+      if (nodes > 1 && heads_ > 0) drafters.push_back(heads_drafter(nodes));
+    }
+    const double accepted =
+        check_exact(model_, session, o_.nodes, common_.quick ? 8 : 64, drafters);
+    header(accepted);
+    for (const int batch : o_.batches) {
+      for (const int context : o_.contexts) {
+        if (int64_t{batch} * context <= o_.max_tokens) measure(batch, context);
       }
     }
+    if (o_.prefill) prefill();
+    if (common_.json) std::cout << json();
   }
 
  private:
-  std::mt19937 random_{1};
-  std::uniform_int_distribution<int32_t> token_;
+  SessionOptions session_options(int context, int batch) const {
+    SessionOptions options;
+    options.max_batch = batch;
+    options.max_context = std::min(model_->config.max_context, context + kRoom);
+    options.cache_tokens = int64_t{batch} * (context + kRoom);
+    options.prefill_chunk = o_.prefill_chunk;
+    return options;
+  }
+
+  TreeSpec tree(int nodes) const {
+    TreeSpec tree = likely_tree(nodes, heads_, 9);
+    MEDUSA_CHECK_ARG(tree.num_nodes() == nodes, "--nodes ", nodes, ": ", heads_,
+                     " heads fill at most ", tree.num_nodes());
+    return tree;
+  }
+  std::shared_ptr<Drafter> heads_drafter(int nodes) const {
+    return make_medusa_drafter(model_, tree(nodes));
+  }
+
+  // All node counts in turn where the host computes: what else the machine does meanwhile falls on
+  // all alike. A device is its own, and its memory is short: one after the other.
+  void measure(int batch, int context) {
+    if (common_.on_cpu()) {
+      measure_lanes(batch, context, o_.nodes);
+    } else {
+      for (const int nodes : o_.nodes) measure_lanes(batch, context, {nodes});
+    }
+  }
+
+  std::vector<Lane> make_lanes(int batch, int context, const std::vector<int>& node_counts) const {
+    const SessionOptions options = session_options(context, batch);
+    std::vector<Lane> lanes;
+    const Lane* shared = nullptr;  // of trees of random guesses: one session serves all sizes
+    lanes.reserve(node_counts.size());
+    for (const int nodes : node_counts) {
+      Lane lane;
+      lane.nodes = nodes;
+      std::shared_ptr<Drafter> drafter;
+      if (nodes > 1 && heads_ > 0) {
+        drafter = heads_drafter(nodes);
+        lane.drafted_bytes = head_bytes(*model_, tree(nodes).depth());
+      } else if (nodes != kPlain && shared) {
+        lane.guesses = shared->guesses;
+        lane.stepper = shared->stepper;
+      } else if (nodes != kPlain) {
+        lane.guesses = std::make_shared<TestDrafter>(model_->config.vocab_size);
+        drafter = lane.guesses;
+      }
+      if (!lane.stepper) {
+        lane.stepper = std::make_shared<Stepper>(model_, drafter, options, context, batch);
+      }
+      lanes.push_back(std::move(lane));
+      if (lanes.back().guesses) shared = &lanes.back();
+    }
+    return lanes;
+  }
+
+  void measure_lanes(int batch, int context, const std::vector<int>& node_counts) {
+    std::vector<Lane> lanes = make_lanes(batch, context, node_counts);
+    std::vector<size_t> order(lanes.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+    const std::unique_ptr<Bandwidth> bandwidth =
+        common_.on_cpu() ? make_bandwidth(*backend_, common_) : nullptr;
+    for (int round = -common_.warm_ups; round < common_.samples; ++round) {
+      if (bandwidth) machine_.copy_gbs = std::max(machine_.copy_gbs, 1e-9 * bandwidth->sample());
+      for (const size_t i : order) {
+        Lane& lane = lanes[i];
+        if (lane.guesses) lane.guesses->num_nodes = lane.nodes;
+        const Stepper::Step step = lane.stepper->step();
+        if (round < 0) continue;
+        lane.seconds.add(step.seconds);
+        lane.cached.add(static_cast<double>(step.cached));
+        lane.emitted.add(static_cast<double>(step.emitted));
+      }
+      std::rotate(order.begin(), order.begin() + 1, order.end());
+    }
+    for (const Lane& lane : lanes) add_row(lane, batch, context);
+  }
+
+  void add_row(const Lane& lane, int batch, int context) {
+    const double time = lane.seconds.median();
+    const int nodes = std::max(lane.nodes, 1);
+    const auto kv = static_cast<double>(kv_bytes_) * (lane.cached.median() + batch * nodes);
+    const double bytes = static_cast<double>(streamed_bytes(*model_) + lane.drafted_bytes) + kv;
+    const double floor_s = bytes / (1e9 * machine_.copy_gbs);
+    if (lane.nodes == kPlain) plain_s_ = time;
+    const bool has_plain = std::find(o_.nodes.begin(), o_.nodes.end(), kPlain) != o_.nodes.end();
+    const std::string ratio = has_plain ? fixed(time / plain_s_, 2) : "-";
+    const double emitted = lane.emitted.mean();
+    const auto ms = [](double seconds) { return fixed(1e3 * seconds, 3); };
+    const std::string low = ms(lane.seconds.quantile(0.25)), high = ms(lane.seconds.quantile(0.75));
+    line(concat("| ", batch, " | ", context, " | ",
+                lane.nodes == kPlain ? "plain" : std::to_string(lane.nodes), " | ", ms(time), " | ",
+                low, "-", high, " | ", fixed(1e-9 * bytes, 3), " | ", ms(floor_s), " | ",
+                fixed(100 * floor_s / time, 0), " | ", ratio, " | ", fixed(emitted / batch, 2),
+                " | ", fixed(emitted / time, 1), " |"));
+    rows_.push_back(concat(
+        "  {\"op\": \"decode\", \"shape\": ",
+        json::quote(concat(name(), " batch ", batch, " context ", context, " nodes ", lane.nodes)),
+        ", \"dtype\": ", json::quote(dtype_name(model_->dtype)), ", \"batch\": ", batch,
+        ", \"context\": ", context, ", \"nodes\": ", lane.nodes,
+        ", \"median_us\": ", fixed(1e6 * time, 2), ", \"p25_ms\": ", low, ", \"p75_ms\": ", high,
+        ", \"bytes\": ", fixed(bytes, 0), ", \"floor_ms\": ", ms(floor_s), ", \"floor_share\": ",
+        fixed(floor_s / time, 4), ", \"tokens_per_step\": ", fixed(emitted / batch, 3),
+        ", \"samples\": ", lane.seconds.count(), "}"));
+  }
+
+  void prefill() {
+    Session session(model_, nullptr, session_options(kPrefillTokens, 1));
+    const std::vector<int32_t> prompt = random_prompt(model_->config.vocab_size, kPrefillTokens, 4);
+    Samples seconds;
+    for (int i = 0; i <= kPrefillSamples; ++i) {
+      int64_t steps = 0;
+      const Clock::time_point start = Clock::now();
+      generate(session, make_request(prompt, 1, false), steps);
+      if (i > 0) seconds.add(seconds_since(start));
+    }
+    const double time = seconds.median();
+    line(concat("\nPrefill of ", kPrefillTokens, " tokens: ", fixed(1e3 * time, 2), " ms, ",
+                fixed(kPrefillTokens / time, 0), " tokens/s"));
+    prefill_ms_ = 1e3 * time;
+  }
+
+  std::string name() const {
+    return o_.file.empty() ? std::string("random ") + o_.shape.name : o_.file;
+  }
+
+  void line(const std::string& text) const {
+    (common_.json ? std::cerr : std::cout) << text << std::endl;
+  }
+
+  void header(double accepted) const {
+    line(concat("# bench_decode: ", name(), ", ", dtype_name(model_->dtype), "\n\n",
+                markdown(machine_), "- weights: ", mib(model_->weight_bytes()), " MiB resident, ",
+                mib(streamed_bytes(*model_)), " read by a plain step, ",
+                mib(head_bytes(*model_, heads_)), " more by ", heads_,
+                " heads\n- KV cache: ", kv_bytes_, " bytes per token\n- ", common_.samples,
+                " samples after ", common_.warm_ups, " warm-ups",
+                "\n- exactness: every tree gave the tokens of plain decoding, partly right guesses "
+                "at ",
+                fixed(accepted, 2), " tokens per step",
+                "\n- tokens per step below are those of random guesses: next to none is accepted, "
+                "the step time is the figure\n"));
+    line(
+        "| batch | context | nodes | median ms | p25-p75 | GB | floor ms | % of floor | x plain | "
+        "tokens/step | tokens/s |\n|---|---|---|---|---|---|---|---|---|---|---|");
+  }
+
+  std::string json() const {
+    std::string rows;
+    for (const std::string& row : rows_) rows += (rows.empty() ? "\n" : ",\n") + row;
+    return concat("{", json_members(machine_), ",\n \"model\": ", json::quote(name()),
+                  ", \"weight_bytes\": ", model_->weight_bytes(),
+                  ", \"streamed_bytes\": ", streamed_bytes(*model_),
+                  ", \"head_bytes\": ", head_bytes(*model_, heads_),
+                  ", \"kv_bytes_per_token\": ", kv_bytes_, ", \"prefill_tokens\": ", kPrefillTokens,
+                  ", \"prefill_ms\": ", fixed(prefill_ms_, 3), ", \"rows\": [", rows, "\n ]}\n");
+  }
+
+  const Options& o_;
+  const Common& common_;
+  std::shared_ptr<Backend> backend_;
+  std::shared_ptr<const Model> model_;
+  Machine machine_;
+  int heads_;
+  int64_t kv_bytes_;
+  double plain_s_ = 0, prefill_ms_ = 0;
+  std::vector<std::string> rows_;
 };
 
-std::vector<int32_t> random_prompt(int vocab_size, int length, uint32_t seed) {
-  std::mt19937 random(seed);
-  std::uniform_int_distribution<int32_t> token(0, vocab_size - 1);
-  std::vector<int32_t> prompt(static_cast<size_t>(length));
-  for (int32_t& id : prompt) id = token(random);
-  return prompt;
-}
-
-Request make_request(std::vector<int32_t> tokens, int max_new_tokens) {
-  Request request;
-  request.tokens = std::move(tokens);
-  request.max_new_tokens = max_new_tokens;
-  request.reuse_prefix = false;
-  return request;
-}
-
-std::vector<int32_t> generate(Session& session, Request request, int64_t& num_steps) {
-  std::vector<int32_t> out;
-  session.submit(std::move(request));
-  while (!session.idle()) {
-    for (const Event& event : session.step()) {
-      out.insert(out.end(), event.tokens.begin(), event.tokens.end());
-      if (event.finish != Finish::none) num_steps = event.stats.steps;
-    }
-  }
-  return out;
-}
-
-// A run without end whose single steps can be timed.
-class Stepper {
- public:
-  Stepper(Session& session, int vocab_size)
-      : session_(session), prompt_(random_prompt(vocab_size, kPromptTokens, 2)) {}
-
-  double seconds_of_step() {
-    if (steps_left_ == 0) restart();
-    --steps_left_;
-    const Clock::time_point start = Clock::now();
-    session_.step();
-    return seconds_since(start);
-  }
-
- private:
-  void restart() {
-    if (request_ != 0) session_.cancel(request_);
-    request_ = session_.submit(make_request(prompt_, 0));
-    session_.step();  // the prompt and the first token
-    steps_left_ = kRepeatSteps;
-  }
-
-  Session& session_;
-  std::vector<int32_t> prompt_;
-  int64_t request_ = 0;
-  int steps_left_ = 0;
-};
-
-struct Results {
-  std::string model, dtype, backend;
-  int64_t weight_bytes = 0, streamed = 0, kv_bytes_per_token = 0, cache_bytes = 0;
-  double checked_tokens_per_step = 0;
-  Samples bandwidth, prefill;    // bytes per second; seconds
-  std::map<int, Samples> steps;  // by node count, seconds
-
-  const Samples& plain() const { return steps.at(kPlain); }
-  double best_bandwidth() const { return bandwidth.quantile(1.0); }
-  double share(double seconds) const {
-    return static_cast<double>(streamed) / best_bandwidth() / seconds;
-  }
-};
-
-// Refuses to time what is wrong: trees must give the tokens of plain decoding.
-double check_exact(const std::shared_ptr<const Model>& model, const SessionOptions& options) {
-  const int vocab_size = model->config.vocab_size;
-  const std::vector<int32_t> prompt = random_prompt(vocab_size, 32, 3);
-  Session plain(model, nullptr, options);
-  int64_t steps = 0, tree_steps = 0, tree_tokens = 0;
-  const std::vector<int32_t> wanted = generate(plain, make_request(prompt, kCheckTokens), steps);
-
-  auto drafter = std::make_shared<TestDrafter>(vocab_size);
-  drafter->script = prompt;
-  drafter->script.insert(drafter->script.end(), wanted.begin(), wanted.end());
-  Session trees(model, drafter, options);
-  for (const int num_nodes : kNodeCounts) {
-    drafter->num_nodes = num_nodes;
-    const std::vector<int32_t> found = generate(trees, make_request(prompt, kCheckTokens), steps);
-    for (size_t i = 0; i < std::max(found.size(), wanted.size()); ++i) {
-      MEDUSA_CHECK_INTERNAL(i < found.size() && i < wanted.size() && found[i] == wanted[i],
-                            "a tree of ", num_nodes, " nodes changed the output at token ", i,
-                            "; nothing was timed");
-    }
-    tree_steps += steps;
-    tree_tokens += static_cast<int64_t>(found.size());
-  }
-  MEDUSA_CHECK_INTERNAL(tree_tokens > tree_steps, "the trees' guesses were never accepted");
-  return static_cast<double>(tree_tokens) / static_cast<double>(tree_steps);
-}
-
-Results measure(const Options& options) {
-  const std::shared_ptr<Backend> backend = make_backend(options.backend);
-  const std::shared_ptr<const Model> model =
-      options.shape.empty() ? load_model(options.model, options.dtype, backend)
-                            : random_model(shape_config(options.shape), options.dtype, 1, backend);
-  const int vocab_size = model->config.vocab_size;
-  SessionOptions session_options;
-  session_options.max_batch = 1;
-  session_options.max_context = std::min(model->config.max_context, 2048);
-  MEDUSA_CHECK_ARG(session_options.max_context > kPrefillTokens, "the model's max_context is ",
-                   session_options.max_context, ", wanted more than ", kPrefillTokens);
-
-  Results results;
-  results.model = options.shape.empty() ? options.model : "random " + options.shape;
-  results.dtype = dtype_name(model->dtype);
-  results.backend = backend->name() + " (" + backend->detail() + ")";
-  results.weight_bytes = model->weight_bytes();
-  results.streamed = streamed_bytes(*model);
-  results.kv_bytes_per_token = model->kv_shape(1).page_bytes() / kPageTokens;
-  results.checked_tokens_per_step = check_exact(model, session_options);
-
-  auto drafter = std::make_shared<TestDrafter>(vocab_size);
-  Session plain(model, nullptr, session_options), trees(model, drafter, session_options);
-  results.cache_bytes = plain.stats().cache_bytes;
-  Stepper plain_stepper(plain, vocab_size), tree_stepper(trees, vocab_size);
-  ReadBandwidth bandwidth(backend->threads(), kArrayBytes);
-
-  // One of each in turn, from another start in every round: what else the machine does meanwhile,
-  // and what a step leaves in the caches, falls on all alike. The first round warms up.
-  std::vector<int> order{kPlain};
-  order.insert(order.end(), std::begin(kNodeCounts), std::end(kNodeCounts));
-  for (int round = 0; round <= options.rounds; ++round) {
-    const double bytes_per_s = bandwidth.sample();
-    if (round > 0) results.bandwidth.add(bytes_per_s);
-    for (const int num_nodes : order) {
-      drafter->num_nodes = num_nodes;
-      Stepper& stepper = num_nodes == kPlain ? plain_stepper : tree_stepper;
-      const double seconds = stepper.seconds_of_step();
-      if (round > 0) results.steps[num_nodes].add(seconds);
-    }
-    std::rotate(order.begin(), order.begin() + 1, order.end());
-  }
-
-  Session prefill(model, nullptr, session_options);
-  const std::vector<int32_t> prompt = random_prompt(vocab_size, kPrefillTokens, 4);
-  for (int i = 0; i < kPrefillSamples; ++i) {
-    int64_t steps = 0;
-    const Clock::time_point start = Clock::now();
-    generate(prefill, make_request(prompt, 1), steps);
-    results.prefill.add(seconds_since(start));
-  }
-  MEDUSA_CHECK_INTERNAL(bandwidth.check() > 0, "the array was not read");
-  return results;
-}
-
-std::string fixed(double value, int digits) {
-  char text[64];
-  std::snprintf(text, sizeof text, "%.*f", digits, value);
-  return text;
-}
-
-std::string row(const std::string& what, const Samples& samples, double scale, int digits,
-                const std::string& note) {
-  return concat("| ", what, " | ", fixed(scale * samples.median(), digits), " | ",
-                fixed(scale * samples.quantile(0.25), digits), "-",
-                fixed(scale * samples.quantile(0.75), digits), " | ", note, " |\n");
-}
-
-std::string mib(int64_t bytes) { return fixed(static_cast<double>(bytes) / (1 << 20), 1) + " MiB"; }
-
-std::string markdown(const Results& r) {
-  const auto percent = [&](double seconds) { return fixed(100 * r.share(seconds), 0) + " %"; };
-  std::ostringstream out;
-  out << "# bench_decode: " << r.model << ", " << r.dtype << "\n\n"
-      << "- backend: " << r.backend << "\n"
-      << "- weights: " << mib(r.weight_bytes) << " resident, " << mib(r.streamed)
-      << " read by a plain step\n"
-      << "- KV cache: " << r.kv_bytes_per_token << " bytes per token, " << mib(r.cache_bytes)
-      << " reserved\n"
-      << "- read bandwidth: " << fixed(r.best_bandwidth() * 1e-9, 2) << " GB/s (best of "
-      << r.bandwidth.count() << " passes over " << mib(kArrayBytes) << ")\n"
-      << "- exactness: trees of every size gave the tokens of plain decoding, at "
-      << fixed(r.checked_tokens_per_step, 2) << " tokens per step\n\n"
-      << "| what | median | p25-p75 | note |\n|---|---|---|---|\n"
-      << row("plain decoding, ms/token", r.plain(), 1e3, 2,
-             fixed(1.0 / r.plain().median(), 1) + " tokens/s, " + percent(r.plain().median()) +
-                 " of the read bandwidth; the best step " + percent(r.plain().best()));
-  const double one = r.steps.at(1).median();
-  for (const auto& [num_nodes, samples] : r.steps) {
-    if (num_nodes == kPlain) continue;
-    out << row(
-        "step of " + std::to_string(num_nodes) + (num_nodes == 1 ? " node, ms" : " nodes, ms"),
-        samples, 1e3, 2, fixed(samples.median() / one, 2) + " x 1 node");
-  }
-  out << row("prefill of " + std::to_string(kPrefillTokens) + " tokens, s", r.prefill, 1.0, 3,
-             fixed(kPrefillTokens / r.prefill.median(), 0) + " tokens/s");
-  return out.str();
-}
-
-std::string json_text(const Results& r) {
-  const auto value = [](double x) { return fixed(x, 6); };
-  std::ostringstream out;
-  out << "{\"model\": " << json::quote(r.model) << ", \"dtype\": " << json::quote(r.dtype)
-      << ", \"backend\": " << json::quote(r.backend) << ", \"weight_bytes\": " << r.weight_bytes
-      << ", \"streamed_bytes\": " << r.streamed
-      << ", \"kv_bytes_per_token\": " << r.kv_bytes_per_token
-      << ", \"cache_bytes\": " << r.cache_bytes
-      << ", \"read_bandwidth_gb_per_s\": " << value(r.best_bandwidth() * 1e-9)
-      << ", \"plain_ms\": " << value(1e3 * r.plain().median())
-      << ", \"bandwidth_share\": " << value(r.share(r.plain().median()))
-      << ", \"bandwidth_share_best\": " << value(r.share(r.plain().best())) << ", \"step_ms\": {";
-  const char* separator = "";
-  for (const auto& [num_nodes, samples] : r.steps) {
-    if (num_nodes == kPlain) continue;
-    out << separator << "\"" << num_nodes << "\": " << value(1e3 * samples.median());
-    separator = ", ";
-  }
-  out << "}, \"prefill_tokens\": " << kPrefillTokens
-      << ", \"prefill_s\": " << value(r.prefill.median()) << ", \"rounds\": " << r.plain().count()
-      << "}\n";
-  return out.str();
-}
-
-int run(const std::vector<std::string>& args) {
-  try {
-    const bool help = std::any_of(args.begin(), args.end(), [](const std::string& arg) {
-      return arg == "--help" || arg == "-h";
-    });
-    if (args.empty() || help) {
-      (help ? std::cout : std::cerr) << kUsage;
-      return help ? 0 : 2;
-    }
-    const Options options = parse(args);
-    const Results results = measure(options);
-    std::cout << (options.json ? json_text(results) : markdown(results));
-    return 0;
-  } catch (const ArgumentError& error) {
-    std::cerr << "bench_decode: " << error.what() << "\n";
-    return 2;
-  } catch (const std::exception& error) {
-    std::cerr << "bench_decode: " << error.what() << "\n";
-    return 1;
-  }
+void bench(Arguments& args, Common& common) {
+  const Options options = take_options(args, common);
+  DecodeBench(options, common).run();
 }
 
 }  // namespace
 }  // namespace medusa::bench
 
 int main(int argc, char** argv) {
-  return medusa::bench::run(std::vector<std::string>(argv + 1, argv + argc));
+  using namespace medusa::bench;
+  const std::string usage = medusa::concat(
+      "usage: bench_decode MODEL.safetensors | --shape NAME\n"
+      "       [--contexts 128,...] [--batches 1,...] [--nodes 0,16,...] [--rounds N] [options]\n"
+      "       [--heads N] [--head-vocab N] [--max-tokens N]\n  NAME: ",
+      kShapeNames, "; nodes 0: plain decoding; heads 0: guesses are random\n");
+  return run_program("bench_decode", usage, argc, argv, bench);
 }

@@ -18,22 +18,29 @@ set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
 # Link-time optimisation could move code between objects built for different instruction sets.
 set(CMAKE_INTERPROCEDURAL_OPTIMIZATION OFF)
 
+# For C++ alone; what nvcc gets stands in cuda.cmake.
+macro(medusa_compile_options)
+  foreach(option ${ARGN})
+    add_compile_options($<$<COMPILE_LANGUAGE:CXX>:${option}>)
+  endforeach()
+endmacro()
+
 # The compiler must not fuse or reorder: the bits of a sum are part of the contract.
-add_compile_options(-O3 -ffp-contract=off -Wall -Wextra
-                    -Wno-missing-field-initializers)  # what {.x = 1} leaves out has a default
+medusa_compile_options(-O3 -ffp-contract=off -Wall -Wextra
+                       -Wno-missing-field-initializers)  # what {.x = 1} leaves out has a default
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-  add_compile_options(-Wno-restrict)  # false alarms in std::string (GCC PR 105651)
+  medusa_compile_options(-Wno-restrict)  # false alarms in std::string (GCC PR 105651)
 endif()
 if(MEDUSA_WERROR)
-  add_compile_options(-Werror)
+  medusa_compile_options(-Werror)
 endif()
 
 if(NOT MEDUSA_SANITIZE STREQUAL "")
   if(NOT MEDUSA_SANITIZE MATCHES "^(address|undefined|thread)$")
     message(FATAL_ERROR "MEDUSA_SANITIZE is '${MEDUSA_SANITIZE}'; it must be address, undefined, thread or empty")
   endif()
-  add_compile_options(-O1 -g -fno-omit-frame-pointer -fsanitize=${MEDUSA_SANITIZE}
-                      -fno-sanitize-recover=all)
+  medusa_compile_options(-O1 -g -fno-omit-frame-pointer -fsanitize=${MEDUSA_SANITIZE}
+                         -fno-sanitize-recover=all)
   add_link_options(-fsanitize=${MEDUSA_SANITIZE})
 endif()
 

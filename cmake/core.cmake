@@ -10,6 +10,7 @@ set(medusa_core_sources
     csrc/core/model.cpp
     csrc/core/pages.cpp
     csrc/core/prompt_lookup.cpp
+    csrc/core/resident_loop.cpp
     csrc/core/safetensors.cpp
     csrc/core/sampling.cpp
     csrc/core/scheduler.cpp
@@ -26,7 +27,8 @@ set(medusa_core_sources
     csrc/backend/cpu/memory.cpp
     csrc/backend/cpu/rope.cpp
     csrc/backend/cpu/thread_pool.cpp
-    csrc/backend/cpu/weight.cpp)
+    csrc/backend/cpu/weight.cpp
+    csrc/backend/make_backend.cpp)
 
 # Each of these is compiled once for every instruction set; run-time dispatch chooses.
 set(medusa_kernel_sources
@@ -38,7 +40,7 @@ set(medusa_kernel_sources
 
 add_library(medusa_core STATIC ${medusa_core_sources})
 target_include_directories(medusa_core PUBLIC csrc)
-target_link_libraries(medusa_core PUBLIC Threads::Threads)
+target_link_libraries(medusa_core PUBLIC Threads::Threads PRIVATE ${CMAKE_DL_LIBS})
 
 function(medusa_add_kernels isa)
   add_library(medusa_kernels_${isa} OBJECT ${medusa_kernel_sources})

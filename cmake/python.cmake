@@ -5,3 +5,6 @@ pybind11_add_module(_core MODULE csrc/python/bind_model.cpp csrc/python/bind_ops
                     csrc/python/bind_session.cpp csrc/python/module.cpp)
 target_link_libraries(_core PRIVATE medusa_core)
 target_compile_definitions(_core PRIVATE MEDUSA_VERSION="${PROJECT_VERSION}")
+if(TARGET medusa_cuda)
+  add_dependencies(_core medusa_cuda)  # it is loaded from beside the module
+endif()

@@ -1,13 +1,14 @@
 """Tiny random models in which the last bit of every sum decides the text."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from medusa_ext import _core
+from util import backend_for
 
 CONTEXT = 448  # of every tiny model: seven pages
 Rng = np.random.Generator
@@ -188,12 +189,13 @@ def build_model(shape: Shape, backend: _core.Backend, *, zero: bool = False) -> 
 
 
 @cache
-def backend_for(isa: str, threads: int) -> _core.Backend:
-    """One backend for each pair."""
-    return _core.Backend("cpu", threads=threads, isa=isa)
-
-
-@cache
-def model_for(shape: Shape, isa: str, threads: int) -> _core.Model:
+def model_for(shape: Shape, unit: str, threads: int) -> _core.Model:
     """One model for each triple."""
-    return build_model(shape, backend_for(isa, threads))
+    return build_model(on_unit(shape, unit), backend_for(unit, threads))
+
+
+def on_unit(shape: Shape, unit: str) -> Shape:
+    """The shape, or the next one that this unit can run: CUDA wants rows of 16 bytes."""
+    if unit.startswith("cuda") and shape.dtype != "f32":
+        return replace(shape, head_dim=-(-shape.head_dim // 8) * 8)
+    return shape

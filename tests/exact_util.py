@@ -11,7 +11,7 @@ import numpy as np
 
 from exact_models import CONTEXT, Rng, Shape, model_for
 from medusa_ext import _core
-from util import isa_of
+from util import unit_of
 
 SPARE = 16  # tokens that the drafter knows beyond the end of a request
 
@@ -72,9 +72,9 @@ def cut(tokens: list[int], job: Job, max_context: int) -> tuple[list[int], str]:
 
 
 @cache
-def known_tokens(shape: Shape, isa: str, job: Job, max_context: int) -> tuple[int, ...]:
+def known_tokens(shape: Shape, unit: str, job: Job, max_context: int) -> tuple[int, ...]:
     """plain_tokens on one thread, computed once for each job."""
-    return tuple(plain_tokens(model_for(shape, isa, 1), job, max_context))
+    return tuple(plain_tokens(model_for(shape, unit, 1), job, max_context))
 
 
 def run(
@@ -287,7 +287,7 @@ class Tally:
         self._met: dict[str, Counter[str]] = {}
 
     def of(self, backend: _core.Backend) -> Counter[str]:
-        return self._met.setdefault(isa_of(backend), Counter())
+        return self._met.setdefault(unit_of(backend), Counter())
 
     def add(self, backend: _core.Backend, session: _core.Session, outcomes: list[Outcome]) -> None:
         """The statistics of a session whose requests are over."""
@@ -314,7 +314,7 @@ def prompt_of(seed: int, length: int, vocab: int) -> tuple[int, ...]:
 
 def known_of(backend: _core.Backend, shape: Shape, job: Job, max_context: int) -> list[int]:
     """known_tokens for a backend's instruction set."""
-    return list(known_tokens(shape, isa_of(backend), job, max_context))
+    return list(known_tokens(shape, unit_of(backend), job, max_context))
 
 
 def check_scripted(
@@ -330,7 +330,7 @@ def check_scripted(
 ) -> tuple[_core.Session, list[Outcome]]:
     """Jobs through one session with the drafter that knows, checked; its statistics go to tally."""
     known = [known_of(backend, shape, job, max_context) for job in jobs]
-    model = model_for(shape, isa_of(backend), 2)
+    model = model_for(shape, unit_of(backend), 2)
     drafter = ScriptedDrafter(seed, max_nodes, shape.vocab)
     session = _core.Session(model, drafter, max_context=max_context, **options)
     outcomes = run(session, jobs, drafter=drafter, scripts=known)

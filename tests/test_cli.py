@@ -44,7 +44,7 @@ def test_generate_demo(run) -> None:
     expected = demo_engine().generate(
         [{"role": "user", "content": "Why is the sky blue?"}], max_new_tokens=12
     )
-    status, out, err = run("generate", "Why is the sky blue?", "--max-new-tokens", "12")
+    status, out, err = run("generate", "Why is the sky blue?", "-n", "12", "--threads", "2")
     assert (status, out) == (0, expected.text + "\n")
     assert err.count("\n") == 1
     assert err.startswith("[12 tokens, ")
@@ -155,6 +155,7 @@ def test_inspect(run, tiny: str, tmp_path: Path) -> None:
         "f32",
         "3 of 1 layers, format B",
         "memory for weights",
+        "memory for Medusa heads",
         "cache per 1,000 tokens",
     ):
         assert word in out, word
@@ -228,7 +229,11 @@ BAD = [
     (["generate", "x", "--raw", "--system", "s"], "--system is part of the chat template"),
     (["generate", "x", "--model", "/no/such/path"], "no such path: /no/such/path"),
     (["generate", "x", "--model", "nobody/no-such-model"], "the hub cannot serve it"),
-    (["generate", "x", "--device", "cuda"], "this build has no CUDA backend"),
+    (["generate", "x", "--device", "tpu"], "device must be"),
+    (["generate", "x", "--device", "cuda", "--threads", "2"], "threads=2 is for the CPU"),
+    (["generate", "x", "--head-vocab", "0"], "head_vocab must be an integer of 1 or more, got 0"),
+    (["chat", "--head-vocab", "9"], "head_vocab 9 needs Medusa heads, and there are none"),
+    (["export", "demo", "out.safetensors", "--head-vocab", "9"], "head_vocab 9 needs Medusa heads"),
     (["generate", "x", "--dtype", "int3"], "dtype must be"),
     (["generate", "x", "--tree", "oak"], "no tree is named 'oak'"),
     (["generate", "--file", "/no/such/file"], "cannot read the prompts in /no/such/file"),

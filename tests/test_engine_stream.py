@@ -132,7 +132,7 @@ class Interrupting(Known):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_interrupt_frees_the_place(tiny: Path, streaming: bool) -> None:
-    with Engine(tiny, None) as plain:
+    with Engine(tiny, None, threads=1) as plain:
         expected = plain.generate(PROMPT, max_new_tokens=6).token_ids
     with Engine(tiny, threads=2, drafter=Interrupting([])) as engine:
         with pytest.raises(KeyboardInterrupt):
@@ -154,7 +154,7 @@ class Failing(Known):
 
 
 def test_error_of_a_drafter_ends_the_request_alone(tiny: Path) -> None:
-    with Engine(tiny, None) as plain:
+    with Engine(tiny, None, threads=1) as plain:
         expected = plain.generate(PROMPT, max_new_tokens=6).token_ids
     with Engine(tiny, threads=2, drafter=Failing([])) as engine:
         with pytest.raises(ZeroDivisionError, match="own mistake"):

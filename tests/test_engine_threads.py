@@ -102,7 +102,7 @@ class Interrupting(Known):
 @pytest.mark.parametrize("attempt", range(4))
 def test_interrupt_of_the_main_thread_leaves_the_others_alone(tiny: Path, attempt: int) -> None:
     options = {"max_new_tokens": 150, "eos_token_id": [], "temperature": 1.0}
-    with Engine(tiny, None) as plain:
+    with Engine(tiny, None, threads=1) as plain:
         expected = [plain.generate("Hello", seed=seed, **options).token_ids for seed in (1, 2)]
     outcomes: list[object] = []
     with Engine(tiny, threads=1, drafter=Interrupting([])) as engine:

@@ -14,7 +14,7 @@ from exact_util import Job, ScriptedDrafter, Tally
 from medusa_ext import _core
 from medusa_ext.loading import load_model
 from medusa_ext.trees import named_tree
-from util import isa_of, normal, with_threads
+from util import normal, unit_of, with_threads
 
 pytestmark = pytest.mark.checkpoint
 TALLY = Tally()
@@ -80,7 +80,7 @@ def demo(
     tmp_path_factory: pytest.TempPathFactory,
     pytestconfig: pytest.Config,
 ) -> Demo:
-    if isa_of(backend) != isas()[-1]:
+    if unit_of(backend) != isas()[-1]:
         pytest.skip("slower instruction sets decode the demo model where MEDUSA_CPU_ISA names them")
     length = 64 if pytestconfig.getoption("--long") else 32
     return Demo(demo_path, write_heads(tmp_path_factory.mktemp("heads")), backend, length)

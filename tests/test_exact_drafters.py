@@ -9,7 +9,7 @@ import exact_util as exact
 from exact_models import CONTEXT, SHAPES, Shape, model_for
 from exact_util import Job, Outcome, ScriptedDrafter, check_scripted, known_of, prompt_of
 from medusa_ext import _core
-from util import isa_of
+from util import unit_of
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1]], ids=lambda shape: shape.name)
@@ -28,7 +28,7 @@ def test_typical_acceptance_at_temperature_0_is_greedy(
 def test_typical_acceptance_repeats_itself_and_ends_right(backend: _core.Backend) -> None:
     """Same request, same tree: same text, whatever else is in the batch; ends where it should."""
     shape = SHAPES[0]
-    model = model_for(shape, isa_of(backend), 2)
+    model = model_for(shape, unit_of(backend), 2)
     tree = _core.TreeSpec.from_paths(
         [[i] for i in range(40)] + [[i, j] for i in range(8) for j in range(8)]
     )
@@ -97,7 +97,7 @@ def test_a_session_survives_its_drafter(backend: _core.Backend) -> None:
     known = [known_of(backend, shape, job, CONTEXT) for job in jobs]
     drafter = FailingDrafter(1, 20, shape.vocab)
     session = _core.Session(
-        model_for(shape, isa_of(backend), 2), drafter, max_batch=3, prefill_chunk=9
+        model_for(shape, unit_of(backend), 2), drafter, max_batch=3, prefill_chunk=9
     )
     owner = {job.submit(session): index for index, job in enumerate(jobs)}
     drafter.scripts = {request: [*jobs[i].prompt, *known[i]] for request, i in owner.items()}
@@ -134,7 +134,7 @@ def test_requests_from_another_thread_and_a_drafter_that_only_the_session_holds(
     backend: _core.Backend,
 ) -> None:
     shape = SHAPES[3]
-    session = _core.Session(model_for(shape, isa_of(backend), 2), LastTokenDrafter(), max_batch=3)
+    session = _core.Session(model_for(shape, unit_of(backend), 2), LastTokenDrafter(), max_batch=3)
     gc.collect()
     jobs = [Job(prompt_of(n, 1 + 5 * n, shape.vocab), 12) for n in range(20)]
     known = [known_of(backend, shape, job, CONTEXT) for job in jobs]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import exact_util as exact
-from exact_models import CONTEXT, SHAPES, Shape, backend_for, build_model, model_for
+from exact_models import CONTEXT, SHAPES, Shape, build_model, model_for
 from exact_util import Job, ScriptedDrafter, Tally, check_scripted, known_of, prompt_of
 from medusa_ext import _core
-from util import isa_of
+from util import backend_for, unit_of
 
 TALLY = Tally()
 PLAIN_SHAPE = SHAPES[0]
@@ -91,7 +91,7 @@ def test_sequences_that_are_set_back_go_on_as_if_nothing_had_been(
 def test_no_page_is_ever_lost(backend: _core.Backend, case_count: Callable[[int], int]) -> None:
     """After any schedule of arrivals and cancellations, whoever needs every page still gets it."""
     shape, max_context = PLAIN_SHAPE, 200
-    model = model_for(shape, isa_of(backend), 2)
+    model = model_for(shape, unit_of(backend), 2)
     drafter = ScriptedDrafter(1, 32, shape.vocab)
     session = _core.Session(model, drafter, max_context=max_context, max_batch=3, cache_tokens=256)
     rng = np.random.default_rng(11)
@@ -120,7 +120,7 @@ def test_no_page_is_ever_lost(backend: _core.Backend, case_count: Callable[[int]
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_chat_turns_equal_fresh_prompts(backend: _core.Backend, shape: Shape) -> None:
     """Each turn's prompt is the whole conversation so far; a branch leaves it while a turn runs."""
-    model = model_for(shape, isa_of(backend), 2)
+    model = model_for(shape, unit_of(backend), 2)
     drafter = ScriptedDrafter(2, 20, shape.vocab)
     session = _core.Session(model, drafter, max_batch=3, prefill_chunk=16)
     is_dynamic = dict(shape.rope).get("dynamic_factor", 0) > 0
@@ -185,7 +185,7 @@ def test_scores_do_not_depend_on_chunks_or_threads(backend: _core.Backend, shape
     def score(threads: int, chunk: int) -> tuple[bytes, bytes]:
         logits = np.zeros((200, shape.vocab), np.float32)
         hidden = np.zeros((200, shape.hidden), np.float32)
-        _core.score(model_for(shape, isa_of(backend), threads), tokens, chunk, logits, hidden)
+        _core.score(model_for(shape, unit_of(backend), threads), tokens, chunk, logits, hidden)
         return logits.tobytes(), hidden.tobytes()
 
     want = score(1, 200)
@@ -200,7 +200,7 @@ def test_scores_do_not_depend_on_chunks_or_threads(backend: _core.Backend, shape
 def test_all_logits_tied_and_token_0_everywhere(backend: _core.Backend, kind: str) -> None:
     """Every choice is id 0, as are prompts and guesses: every path is right, nothing is padding."""
     shape = SHAPES[2]
-    model = build_model(shape, backend_for(isa_of(backend), 2), zero=True)
+    model = build_model(shape, backend_for(unit_of(backend), 2), zero=True)
     tree = _core.TreeSpec.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [2, 1]])
     drafter = {
         "scripted": lambda: ScriptedDrafter(4, 30, shape.vocab),
@@ -224,7 +224,7 @@ def test_all_logits_tied_and_token_0_everywhere(backend: _core.Backend, kind: st
 def test_noise_belongs_to_the_position(backend: _core.Backend, kind: str) -> None:
     """With all logits tied, the token is that of the least word of Philox at its position."""
     shape = SHAPES[2]
-    model = build_model(shape, backend_for(isa_of(backend), 2), zero=True)
+    model = build_model(shape, backend_for(unit_of(backend), 2), zero=True)
     jobs, want = [], []
     for seed, sample, length in [
         (0, 0, 1),
@@ -253,7 +253,9 @@ def test_noise_belongs_to_the_position(backend: _core.Backend, kind: str) -> Non
         assert np.mean([outcome.stats.steps for outcome in outcomes]) < 36
 
 
-def test_the_cases_met_what_they_are_for(backend: _core.Backend) -> None:
+def test_the_cases_met_what_they_are_for(
+    backend: _core.Backend, case_count: Callable[[int], int]
+) -> None:
     met = TALLY.of(backend)
     if not met["cases"]:
         pytest.skip("no case was run")
@@ -266,5 +268,10 @@ def test_the_cases_met_what_they_are_for(backend: _core.Backend) -> None:
         "limit inside a right path": 5,
         "ends exactly at max_context": 50,
     }
-    missing = {what: (met[what], least) for what, least in wanted.items() if met[what] < least}
+    share = case_count(1000) / 1000  # less than 1 on an emulated device
+    missing = {
+        what: (met[what], least)
+        for what, least in wanted.items()
+        if met[what] < least * min(1, share)
+    }
     assert not missing, f"met too little (met, wanted): {missing}"

@@ -13,7 +13,7 @@ from exact_models import CONTEXT, SHAPES, Rng, Shape, model_for
 from exact_util import Job, ScriptedDrafter, Tally
 from medusa_ext import _core
 from medusa_ext.trees import named_tree, tree_names
-from util import isa_of
+from util import unit_of
 
 TALLY = Tally()
 
@@ -84,7 +84,7 @@ def random_drafter(
 
 
 def check_random_case(backend: _core.Backend, shape: Shape, case: int) -> None:
-    isa = isa_of(backend)
+    isa = unit_of(backend)
     rng = np.random.default_rng([case, *shape.name.encode()])
     threads = int(rng.integers(1, 3))
     model = model_for(shape, isa, threads)
@@ -139,7 +139,7 @@ def test_speculation_never_changes_the_tokens(
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_one_at_a_time_decoding_ends_where_it_should(backend: _core.Backend, shape: Shape) -> None:
     """The reference runs without end and is cut by Python; here a session cuts by itself."""
-    isa = isa_of(backend)
+    isa = unit_of(backend)
     rng = np.random.default_rng(len(shape.name))
     model = model_for(shape, isa, 1)
     for job in random_jobs(rng, shape, isa, 128):
@@ -150,7 +150,7 @@ def test_one_at_a_time_decoding_ends_where_it_should(backend: _core.Backend, sha
 
 def test_every_shape_is_worth_testing(backend: _core.Backend) -> None:
     """Texts that differ from each other and in themselves; twins between which rounding chooses."""
-    isa = isa_of(backend)
+    isa = unit_of(backend)
     for shape in SHAPES:
         rng = np.random.default_rng(5)
         jobs = [Job(tuple(rng.integers(0, shape.vocab, 9).tolist()), 40) for _ in range(4)]
@@ -167,7 +167,9 @@ def test_every_shape_is_worth_testing(backend: _core.Backend) -> None:
             assert (twins > 0).mean() > 0.2, "no rounding to choose by"
 
 
-def test_the_cases_met_what_they_are_for(backend: _core.Backend) -> None:
+def test_the_cases_met_what_they_are_for(
+    backend: _core.Backend, case_count: Callable[[int], int]
+) -> None:
     met = TALLY.of(backend)
     if not met["cases"]:
         pytest.skip("no random case was run")
@@ -189,5 +191,10 @@ def test_the_cases_met_what_they_are_for(backend: _core.Backend) -> None:
         "drafter lookup": 5,
         "drafter plain": 5,
     }
-    missing = {what: (met[what], least) for what, least in wanted.items() if met[what] < least}
+    share = case_count(1000) / 1000  # less than 1 on an emulated device
+    missing = {
+        what: (met[what], least)
+        for what, least in wanted.items()
+        if met[what] < least * min(1, share)
+    }
     assert not missing, f"met too little (met, wanted): {missing}"

@@ -232,8 +232,7 @@ def test_files_that_are_no_exports(base, tmp_path):
 
 def test_a_python_only_tokenizer_cannot_be_exported(base, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "medusa_ext.loading.checkpoint.Checkpoint.tokenizer",
-        lambda self: SimpleNamespace(eos_token_id=2),
+        "medusa_ext.loading.checkpoint.Checkpoint.tokenizer", SimpleNamespace(eos_token_id=2)
     )
     with pytest.raises(LoadError, match=r"no tokenizer\.json form"):
         export(base, None, tmp_path / "m.safetensors")

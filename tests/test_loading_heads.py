@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import loading_util as util
 from medusa_ext import _core
-from medusa_ext.loading import LoadError, inspect, load_model
+from medusa_ext.loading import LoadError, export, inspect, load_model
 
 
 @pytest.fixture(scope="module")
@@ -459,3 +460,120 @@ def test_published_initialisation(make):
     stored = load_numpy(weights_file(folder_of(pair)))
     assert not tensors["heads.0.0.weight"].any()
     np.testing.assert_array_equal(tensors["heads.0.0.bias"], stored["0.0.linear.bias"])
+
+
+# head_vocab: fewer rows of each head's own lm_head
+
+
+def kept_ids(size: int, *always: int) -> list[int]:
+    """The lowest ids beside those that are always kept."""
+    others = [token for token in range(util.VOCAB) if token not in always]
+    return sorted([*always, *others[: size - len(always)]])
+
+
+@pytest.mark.parametrize("letter", "ABDEF")
+def test_head_vocab_keeps_the_lowest_ids(make, letter):
+    model, heads = make(letter)
+    loaded = util.record(model, heads, head_vocab=40)
+    full = util.random_heads(bias=letter != "E")
+    wanted = kept_ids(40, 2)
+    np.testing.assert_array_equal(loaded.model.tensors["heads.token_map"], wanted)
+    assert loaded.model.tensors["heads.token_map"].dtype == np.int32
+    for head in range(3):
+        rows = loaded.model.tensors[f"heads.{head}.lm_head.weight"]
+        np.testing.assert_array_equal(rows, full[f"{head}.1.weight"][wanted])
+        block = loaded.model.tensors[f"heads.{head}.0.weight"]
+        np.testing.assert_array_equal(block, full[f"{head}.0.linear.weight"])
+    assert loaded.config["heads"]["head_vocab"] == loaded.heads_info.head_vocab == 40
+    real = load_model(model, heads, head_vocab=40, backend=_core.Backend(threads=1))
+    whole = load_model(model, heads, backend=_core.Backend(threads=1))
+    assert real.model.weight_bytes <= whole.model.weight_bytes - 3 * (320 - 64) * 32 * 4
+    saved = inspect(model, heads).weight_bytes - inspect(model, heads, head_vocab=40).weight_bytes
+    assert saved == 3 * (320 - 40) * 32 * 4 - 40 * 4
+
+
+def test_head_vocab_keeps_special_tokens_and_ends(tmp_path):
+    """However rare: what ends a text, special tokens, and added ones that are not special."""
+    model = util.make_model(tmp_path / "model", tokenizer=False)
+    util.write_json(model / "generation_config.json", {"eos_token_id": [2, 300]})
+    tokenizer = util.make_tokenizer()
+    special, added = tokenizer.convert_ids_to_tokens([311, 305])
+    tokenizer.add_special_tokens({"additional_special_tokens": [special]})
+    tokenizer.add_tokens([added])
+    assert len(tokenizer) == util.VOCAB
+    tokenizer.save_pretrained(model)
+    heads = util.make_heads(tmp_path / "heads", "B")
+    loaded = util.record(model, heads, head_vocab=8)
+    wanted = kept_ids(8, 0, 1, 2, 300, 305, 311)
+    np.testing.assert_array_equal(loaded.model.tensors["heads.token_map"], wanted)
+    with pytest.raises(LoadError, match=r"6 special and added tokens are .* more than 6"):
+        util.record(model, heads, head_vocab=6)
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 200, 320])
+def test_head_vocab_of_heads_that_were_cut_before(make, size):
+    """It counts the rows that there are: a larger number changes nothing."""
+    pair = make("E")
+
+    def change(state):
+        state["token_map"] = IDS
+
+    edit(folder_of(pair), change)
+    util.edit_config(folder_of(pair), truncated_vocab_size=5)
+    loaded = util.record(*pair, head_vocab=size)
+    wanted = {3: [5, 3, 0], 4: [5, 3, 0, 100]}.get(size, IDS.tolist())  # in the order of the rows
+    full = util.random_heads(bias=False)
+    np.testing.assert_array_equal(loaded.model.tensors["heads.token_map"], wanted)
+    for head in range(3):
+        rows = loaded.model.tensors[f"heads.{head}.lm_head.weight"]
+        np.testing.assert_array_equal(rows, full[f"{head}.1.weight"][wanted])
+
+
+def test_head_vocab_of_the_whole_vocabulary_changes_nothing(make):
+    loaded = util.record(*make("B"), head_vocab=util.VOCAB)
+    assert_heads(loaded, util.random_heads(), 3, 1)
+
+
+def test_head_vocab_that_is_impossible(make, base):
+    with pytest.raises(LoadError, match="head_vocab is 321; the model's vocabulary has 320 tokens"):
+        util.record(*make("B"), head_vocab=321)
+    with pytest.raises(LoadError, match=r"1 special and added tokens .* so give more than 1"):
+        util.record(*make("A"), head_vocab=1)
+    with pytest.raises(
+        LoadError, match="use the model's own lm_head, which must stay whole; leave"
+    ):
+        util.record(*make("C"), head_vocab=100)
+    for heads in (None, "auto", "prompt-lookup"):
+        with pytest.raises(LoadError, match="head_vocab 100 needs Medusa heads, and there are no"):
+            util.record(base, heads, head_vocab=100)
+
+
+@pytest.mark.parametrize("letter", "AB")
+def test_head_vocab_reads_the_rows_it_keeps_alone(tmp_path, letter):
+    """No copy of a whole lm_head is made: NumPy's memory stays below one."""
+    vocab = 20_000
+    model = util.make_model(tmp_path / "model", tokenizer=False, vocab_size=vocab)
+    heads = util.make_heads(tmp_path / "heads", letter, vocab=vocab)
+    backend = _core.Backend(threads=1)
+    load_model(model, heads, backend=backend)  # imports
+    tracemalloc.start()
+    try:
+        load_model(model, heads, head_vocab=500, backend=backend)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < vocab * 32 * 4
+
+
+def test_head_vocab_survives_an_export(make, tmp_path):
+    """The file holds the rows that were kept; a second cut keeps some of them."""
+    model, heads = make("B")
+    path = export(model, heads, tmp_path / "cut.safetensors", head_vocab=60)
+    loaded = util.record(path)
+    np.testing.assert_array_equal(loaded.model.tensors["heads.token_map"], kept_ids(60, 2))
+    again = util.record(path, head_vocab=30)
+    np.testing.assert_array_equal(again.model.tensors["heads.token_map"], kept_ids(30, 2))
+    full = util.random_heads()
+    for head in range(3):
+        rows = again.model.tensors[f"heads.{head}.lm_head.weight"]
+        np.testing.assert_array_equal(rows, full[f"{head}.1.weight"][kept_ids(30, 2)])

@@ -5,7 +5,16 @@ import pytest
 
 import reference
 from medusa_ext import _core
-from util import EPS, U, assert_same_bits, assert_within, normal, with_threads
+from util import (
+    EPS,
+    U,
+    activation_dtype,
+    assert_same_bits,
+    assert_within,
+    normal,
+    rounded,
+    with_threads,
+)
 
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
 
@@ -67,6 +76,18 @@ def test_elements_are_independent(backend: _core.Backend, width: int, activation
         assert_same_bits(
             _core.ops.gated_activation(with_threads(backend, threads), x, activation, "f32"), whole
         )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [6, 33, 1100])
+def test_narrow_outputs_are_the_rounded_wide_one(
+    backend: _core.Backend, width: int, activation: str
+) -> None:
+    x = normal(np.random.default_rng(width), 5, 2 * width)
+    wide = _core.ops.gated_activation(backend, x, activation, "f32")
+    for dtype in {activation_dtype(d, backend) for d in ("f32", "f16", "bf16")}:
+        got = _core.ops.gated_activation(backend, x, activation, dtype)
+        assert_same_bits(got, rounded(wide, dtype), dtype)
 
 
 def test_gated_activation_refuses_an_odd_width(backend: _core.Backend) -> None:

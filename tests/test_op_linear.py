@@ -18,10 +18,15 @@ from util import (
 
 
 def make_case(
-    rng: np.random.Generator, rows: int, outputs: int, inputs: int, dtype: str
+    backend: _core.Backend,
+    rng: np.random.Generator,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    dtype: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """x and W with values that bf16 and f16 do not hold exactly."""
-    return rounded(normal(rng, rows, inputs), activation_dtype(dtype)), normal(
+    return rounded(normal(rng, rows, inputs), activation_dtype(dtype, backend)), normal(
         rng, outputs, inputs, scale=0.1
     )
 
@@ -49,7 +54,7 @@ def bound_of(
 def test_linear(backend: _core.Backend, dtype: str, outputs: int, inputs: int, extra: str) -> None:
     rng = np.random.default_rng(outputs * 1000 + inputs)
     for rows in (1, 2, 3, 5, 8, 13, 16, 40):
-        x, weight = make_case(rng, rows, outputs, inputs, dtype)
+        x, weight = make_case(backend, rng, rows, outputs, inputs, dtype)
         bias = normal(rng, outputs) if "bias" in extra else None
         residual = normal(rng, rows, outputs) if "residual" in extra else None
         got = _core.ops.linear(backend, x, weight, dtype, bias, residual)
@@ -61,7 +66,7 @@ def test_linear(backend: _core.Backend, dtype: str, outputs: int, inputs: int, e
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rows(backend: _core.Backend, dtype: str) -> None:
     rng = np.random.default_rng(4)
-    x, weight = make_case(rng, 513, 100, 192, dtype)
+    x, weight = make_case(backend, rng, 513, 100, 192, dtype)
     got = _core.ops.linear(backend, x, weight, dtype)
     stored = rounded(weight, dtype)
     assert_within(got, reference.linear(x, stored), bound_of(x, stored))
@@ -72,7 +77,7 @@ def test_input_is_rounded_to_the_activation_type(backend: _core.Backend, dtype: 
     """With the identity as weight the output shows what the product read."""
     x = normal(np.random.default_rng(5), 9, 64)
     got = _core.ops.linear(backend, x, np.eye(64, dtype=np.float32), dtype)
-    assert_same_bits(got, rounded(x, activation_dtype(dtype)))
+    assert_same_bits(got, rounded(x, activation_dtype(dtype, backend)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,7 +86,7 @@ def test_bits_do_not_depend_on_other_rows(
     backend: _core.Backend, dtype: str, outputs: int, inputs: int
 ) -> None:
     rng = np.random.default_rng(6)
-    x, weight = make_case(rng, 150, outputs, inputs, dtype)
+    x, weight = make_case(backend, rng, 150, outputs, inputs, dtype)
     bias = normal(rng, outputs)
     alone = np.concatenate(
         [_core.ops.linear(backend, x[r : r + 1], weight, dtype, bias) for r in range(len(x))]
@@ -99,7 +104,7 @@ def test_bits_do_not_depend_on_other_rows(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_other_outputs(backend: _core.Backend, dtype: str) -> None:
     rng = np.random.default_rng(7)
-    x, weight = make_case(rng, 5, 70, 96, dtype)
+    x, weight = make_case(backend, rng, 5, 70, 96, dtype)
     together = _core.ops.linear(backend, x, weight, dtype)
     for first, last in [(0, 1), (13, 14), (69, 70), (3, 36)]:
         part = np.ascontiguousarray(weight[first:last])
@@ -112,7 +117,7 @@ def test_bits_do_not_depend_on_other_outputs(backend: _core.Backend, dtype: str)
 @pytest.mark.parametrize("rows", [1, 7, 40, 130])
 def test_bits_do_not_depend_on_threads(backend: _core.Backend, dtype: str, rows: int) -> None:
     rng = np.random.default_rng(8)
-    x, weight = make_case(rng, rows, 301, 160, dtype)
+    x, weight = make_case(backend, rng, rows, 301, 160, dtype)
     residual = normal(rng, rows, 301)
     one, two, three = (
         _core.ops.linear(with_threads(backend, n), x, weight, dtype, None, residual)
@@ -125,7 +130,7 @@ def test_bits_do_not_depend_on_threads(backend: _core.Backend, dtype: str, rows:
 def test_non_finite_inputs_stay_in_their_row(backend: _core.Backend) -> None:
     rng = np.random.default_rng(9)
     for dtype in DTYPES:
-        x, weight = make_case(rng, 6, 40, 64, dtype)
+        x, weight = make_case(backend, rng, 6, 40, 64, dtype)
         clean = _core.ops.linear(backend, x, weight, dtype)
         x[2, 5], x[4, 63] = np.nan, np.inf
         got = _core.ops.linear(backend, x, weight, dtype)
@@ -139,7 +144,7 @@ def test_an_odd_number_of_inputs(backend: _core.Backend, inputs: int) -> None:
     """f32 and f16 take any; bf16 multiplies in pairs and says so."""
     rng = np.random.default_rng(10)
     for dtype in ("f32", "f16"):
-        x, weight = make_case(rng, 5, 40, inputs, dtype)
+        x, weight = make_case(backend, rng, 5, 40, inputs, dtype)
         stored = rounded(weight, dtype)
         got = _core.ops.linear(backend, x, weight, dtype)
         assert_within(got, reference.linear(x, stored), bound_of(x, stored))

@@ -5,9 +5,18 @@ import pytest
 
 import reference
 from medusa_ext import _core
-from util import EPS, U, assert_same_bits, assert_within, normal, with_threads
+from util import (
+    EPS,
+    U,
+    activation_dtype,
+    assert_same_bits,
+    assert_within,
+    normal,
+    rounded,
+    with_threads,
+)
 
-WIDTHS = [1, 2, 6, 15, 16, 33, 64, 576, 1000]
+WIDTHS = [1, 2, 6, 15, 16, 33, 64, 576, 1000, 8192, 9001, 16388]
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
@@ -48,6 +57,16 @@ def test_rows_are_independent(backend: _core.Backend, width: int, out_dtype: str
         assert_same_bits(
             _core.ops.rms_norm(with_threads(backend, threads), x, gain, 1e-5, out_dtype), together
         )
+
+
+@pytest.mark.parametrize("width", [6, 33, 576, 9000])
+def test_narrow_outputs_are_the_rounded_wide_one(backend: _core.Backend, width: int) -> None:
+    rng = np.random.default_rng(width)
+    x, gain = normal(rng, 5, width), normal(rng, width)
+    wide = _core.ops.rms_norm(backend, x, gain, 1e-5, "f32")
+    for dtype in {activation_dtype(d, backend) for d in ("f32", "f16", "bf16")}:
+        got = _core.ops.rms_norm(backend, x, gain, 1e-5, dtype)
+        assert_same_bits(got, rounded(wide, dtype), dtype)
 
 
 def test_rms_norm_refuses_a_gain_of_another_width(backend: _core.Backend) -> None:

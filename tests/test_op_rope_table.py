@@ -40,6 +40,26 @@ def test_rope_table(backend: _core.Backend, rotary: int, scaling: float) -> None
     assert_within(sin, np.sin(angles) * scaling, bound)
 
 
+def test_far_positions_lose_nothing_but_the_angle(backend: _core.Backend) -> None:
+    """Cosine and sine are those of the f32 angle, rounded: an f32 reduction of it would not do."""
+    rope = rope_config(128, base=500000.0)
+    positions = np.asarray([1, 777, 131071, 1 << 20, (1 << 24) - 1], np.int32)
+    cos, sin = table(backend, positions.tolist(), [1] * len(positions), rope)
+    inv_freq = np.asarray(rope["inv_freq"], np.float32)
+    angles = (positions.astype(np.float32)[:, None] * inv_freq).astype(np.float64)
+    for got, want in [(cos, np.cos(angles)), (sin, np.sin(angles))]:
+        assert_within(got, want, U * 1.001 * np.abs(want) + 1e-45)
+
+
+def test_tables_of_two_models_do_not_mix(backend: _core.Backend) -> None:
+    ropes = [rope_config(16), rope_config(16, base=100.0), rope_config(6)]
+    alone = [table(backend, [3, 99], [1, 1], rope) for rope in ropes]
+    for i in (0, 1, 0, 2, 1):
+        for got, want in zip(table(backend, [3, 99], [1, 1], ropes[i]), alone[i], strict=True):
+            assert_same_bits(got, want)
+    assert np.any(alone[0][0] != alone[1][0])
+
+
 def test_dynamic_scaling_depends_on_prompt_and_position_only(backend: _core.Backend) -> None:
     rope = rope_config(16, dynamic_factor=2.0, original_context=64)
     cases = [(p, n) for p in (0, 10, 63, 64, 100, 500) for n in (1, 64, 65, 300)]

@@ -19,6 +19,7 @@ from util import (
     pick_rows,
     prompt_rows,
     random_parents,
+    reports_contents,
     rounded,
     tree_rows,
     with_threads,
@@ -87,7 +88,7 @@ def test_rope_write(
     assert_same_bits(v, rounded(parts[:, heads + kv_heads :], dtype), "V")
 
     for got, part, gain, out_dtype in [
-        (q, parts[:, :heads], q_gain, activation_dtype(dtype)),
+        (q, parts[:, :heads], q_gain, activation_dtype(dtype, backend)),
         (k, parts[:, heads : heads + kv_heads], k_gain, dtype),
     ]:
         x = part if gain is None else reference.rms_norm(part, gain, np.float32(1e-5))
@@ -178,9 +179,32 @@ def test_rope_write_refuses_wrong_shapes(backend: _core.Backend) -> None:
             _core.ops.rope_write(
                 backend, qkv, rows, table, table, gain, None, 1e-5, case.cache, layer
             )
-    # Slot 64 lies on a page that the table does not name.
-    for name, value in [("slot", 700), ("slot", -1), ("slot", 64), ("sequence", -1)]:
-        wrong = {**rows, name: np.full(3, value, np.int32)}
-        with pytest.raises(ValueError, match=rf"^rope_write.*{name} {value}"):
-            _core.ops.rope_write(backend, good, wrong, cos, cos, None, None, 1e-5, case.cache, 0)
     assert np.isnan(case.dump()).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("slot", 700), ("slot", -1), ("slot", 64), ("sequence", -1), ("sequence", 9)],
+)
+def test_rows_without_a_page_write_nothing(backend: _core.Backend, name: str, value: int) -> None:
+    """Slot 64 lies on a page that the table does not name. The other rows go on on a device."""
+    case = PagedCase(backend, [10], 1, 2, 1, 16)
+    rows, rng = prompt_rows(0, 0, 3), np.random.default_rng(4)
+    rows[name][1] = value
+    qkv, cos = normal(rng, 3, 4 * 16), np.ones((3, 8), np.float32)
+
+    def write() -> np.ndarray:
+        return _core.ops.rope_write(
+            backend, qkv, rows, cos, np.zeros_like(cos), None, None, 1e-5, case.cache, 0
+        )
+
+    if reports_contents(backend):
+        with pytest.raises(ValueError, match=rf"^rope_write.*{name} {value}"):
+            write()
+        assert np.isnan(case.dump()).all()
+        return
+    assert_same_bits(write(), qkv[:, :32].reshape(3, 2, 16))
+    after, cells = case.dump(), case.cells(0, [0, 2])
+    assert_same_bits(after[0, 0, cells, 0], qkv[[0, 2], 32:48])
+    assert_same_bits(after[0, 1, cells, 0], qkv[[0, 2], 48:])
+    assert np.isnan(np.delete(after, cells, axis=2)).all()

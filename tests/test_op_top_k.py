@@ -16,7 +16,17 @@ def check(backend: _core.Backend, x: np.ndarray, k: int) -> None:
 
 @pytest.mark.parametrize(
     ("vocab", "k"),
-    [(1, 1), (5, 5), (33, 1), (100, 10), (256, 256), (1000, 256), (1021, 31), (49152, 10)],
+    [
+        (1, 1),
+        (5, 5),
+        (33, 1),
+        (100, 10),
+        (256, 256),
+        (1000, 256),
+        (1021, 31),
+        (49152, 10),
+        (70001, 256),
+    ],
 )
 def test_top_k(backend: _core.Backend, vocab: int, k: int) -> None:
     rng = np.random.default_rng(vocab)

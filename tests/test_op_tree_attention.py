@@ -81,7 +81,7 @@ def check_rows(
     case: PagedCase, rows: Rows, q: np.ndarray, got: np.ndarray, window: int, out_dtype: str
 ) -> None:
     """Every row against the f64 reference over the K and V that the cache holds."""
-    q = rounded(q, activation_dtype(case.dtype))
+    q = rounded(q, activation_dtype(case.dtype, case.backend))
     scale = np.float32(case.head_dim**-0.5)
     group = case.num_heads // case.num_kv_heads
     held = {s: case.read(s, range(case.capacities[s])) for s in set(rows["sequence"].tolist())}

@@ -271,6 +271,59 @@ def test_impossible_tokens_are_never_drawn(backend: _core.Backend) -> None:
     assert first_token(backend, [-inf, -inf, 1, -inf], Choice()) == 2
 
 
+def test_nan_is_never_drawn(backend: _core.Backend) -> None:
+    """Not even where a filter would keep more ids than there are numbers."""
+    nan = float("nan")
+    for options in (
+        {},
+        {"top_k": 4},
+        {"top_p": 0.999},
+        {"min_p": 1e-6},
+        {"top_k": 4, "top_p": 0.9},
+    ):
+        assert drawn(backend, [nan, 0, nan, 0.1, nan], temperature=1.0, **options) == {1, 3}
+
+
+def wide_row(kind: str, vocab: int) -> np.ndarray:
+    rng = np.random.default_rng(vocab)
+    row = normal(rng, 1, vocab, scale=0.05 if kind == "flat" else 4)
+    if kind == "few values":
+        return np.round(row / 3)
+    return np.zeros_like(row) if kind == "equal" else row
+
+
+@pytest.mark.parametrize("vocab", [4096, 20_002])
+@pytest.mark.parametrize("kind", ["steep", "flat", "few values", "equal"])
+def test_filters_of_wide_rows(backend: _core.Backend, kind: str, vocab: int) -> None:
+    """Rows that no block reads at once, borders among thousands of equals, more kept than is ever
+    sorted.
+    """
+    row = wide_row(kind, vocab)
+    choices = [
+        Choice(temperature=0.8),
+        Choice(temperature=0.8, top_k=50),
+        Choice(temperature=0.8, top_k=3000),
+        Choice(temperature=0.8, top_k=vocab - 1, repetition_penalty=1.3),
+        Choice(temperature=0.8, top_p=0.3003),
+        Choice(temperature=0.8, top_p=0.9001),
+        Choice(temperature=1.7, top_k=20, top_p=0.9001),
+        Choice(temperature=0.8, top_k=3500, top_p=0.7003),
+        Choice(temperature=1.7, min_p=0.3),
+        Choice(temperature=0.8, top_k=4000, top_p=0.9903, min_p=0.02),
+    ]
+    history = list(range(0, vocab, 3))
+    close = 0
+    for i, options in enumerate(choices):
+        choice = Choice(**{**vars(options), "seed": i})
+        seen = {*history, 0}
+        if is_close_call(row[0], seen, choice, len(history) + 1):
+            close += 1
+            continue
+        _, (token,) = _core.ops.verify(backend, row, [0], [-1], params(choice), history=history)
+        assert token == reference.choose(row[0], seen, choice, len(history) + 1), choice
+    assert close <= 3
+
+
 def test_repetition_penalty_counts_prompt_root_and_path_once(backend: _core.Backend) -> None:
     choice = Choice(repetition_penalty=2.0)
     assert first_token(backend, [0, 4, 3, 1], choice) == 1

@@ -60,6 +60,19 @@ def test_random_cases(backend: _core.Backend, case_count: Callable[[int], int]) 
     assert min(deep, shallow) > case_count(30)
 
 
+def test_wide_rows(backend: _core.Backend) -> None:
+    """Rows that no block reads at once, their last ids too."""
+    rng = np.random.default_rng(9)
+    vocab = 9001
+    parents, tokens = [-1, 0, 0, 1, 3], [5, 4000, vocab - 1, vocab - 2, 4097]
+    logits = normal(rng, 5, vocab)
+    logits[[0, 0, 1, 3], tokens[1:]] += np.float32([11, 11.5, 12, 12])
+    want = reference.typical(logits, tokens, parents, 0.9, 0.09, 0.3)
+    path, emitted = _core.ops.verify(backend, logits, tokens, parents, typical(0.9, 0.09, 0.3))
+    assert list(path) == want == [0, 1, 3, 4]
+    assert list(emitted) == [*tokens[1:2], *tokens[3:], int(np.argmax(logits[4]))]
+
+
 def test_ends_and_limits_cut_the_path(backend: _core.Backend) -> None:
     logits = np.zeros((4, 5), np.float32)
     logits[[0, 1, 2, 3], [1, 2, 3, 4]] = 9

@@ -3,6 +3,7 @@ with NaN.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 from hypothesis import strategies as st
@@ -39,9 +40,16 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     )
 
 
-def activation_dtype(weight_dtype: str) -> str:
-    """Element type in which products want their input."""
+def activation_dtype(weight_dtype: str, backend: _core.Backend | None = None) -> str:
+    """Element type in which products want their input, and attention its queries."""
+    if backend is not None and backend.name != "cpu":
+        return weight_dtype
     return "bf16" if weight_dtype == "bf16" else "f32"
+
+
+def reports_contents(backend: _core.Backend) -> bool:
+    """Whether an op names a bad index that lies in memory; a device leaves such rows alone."""
+    return backend.name == "cpu"
 
 
 def assert_same_bits(got: np.ndarray, want: np.ndarray, what: str = "") -> None:
@@ -73,14 +81,24 @@ def assert_within(got: np.ndarray, want: np.ndarray, bound: np.ndarray | float) 
         )
 
 
-def isa_of(backend: _core.Backend) -> str:
-    """Instruction set of a CPU backend, from its detail line."""
-    return backend.detail.split(",")[0].strip()
+def unit_of(backend: _core.Backend) -> str:
+    """What computes: the instruction set of the CPU, from its detail line, or the device."""
+    return backend.detail.split(",")[0].strip() if backend.name == "cpu" else backend.name
+
+
+@cache
+def backend_for(unit: str, threads: int) -> _core.Backend:
+    """One backend for each pair; a device has threads of its own."""
+    if unit.startswith("cuda"):
+        return _core.Backend(unit)
+    return _core.Backend("cpu", threads=threads, isa=unit)
 
 
 def with_threads(backend: _core.Backend, threads: int) -> _core.Backend:
-    """A backend like this one with another number of threads."""
-    return _core.Backend(backend.name, threads=threads, isa=isa_of(backend))
+    """A new backend like this one with another number of threads."""
+    if backend.name != "cpu":
+        return _core.Backend(backend.name)
+    return _core.Backend("cpu", threads=threads, isa=unit_of(backend))
 
 
 # Trees: lists of parents, node 0 the root with parent -1, parents before children.

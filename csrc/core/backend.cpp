@@ -5,9 +5,11 @@
 
 #include <initializer_list>
 #include <limits>
+#include <set>
 #include <sstream>
 
 #include "medusa/error.h"
+#include "medusa/resident.h"
 
 namespace medusa {
 namespace {
@@ -31,7 +33,9 @@ void check_view(const char* op, const char* name, const TensorView& view,
 
   std::ostringstream wanted;
   const char* separator = "";
+  std::set<DType> distinct;
   for (const DType dtype : dtypes) {
+    if (!distinct.insert(dtype).second) continue;
     wanted << separator << dtype_name(dtype);
     separator = "|";
   }
@@ -119,6 +123,26 @@ DType Backend::activation_dtype(DType weight_dtype) const {
   return weight_dtype == DType::bf16 ? DType::bf16 : DType::f32;
 }
 
+std::unique_ptr<Resident> Backend::make_resident(const ResidentShape& /*shape*/) { return nullptr; }
+
+void Backend::upload(void* dst, const void* src, int64_t num_bytes) {
+  MEDUSA_CHECK_ARG(num_bytes >= 0 && (num_bytes == 0 || (dst && src)), "upload: ", num_bytes,
+                   " bytes from or to nowhere");
+  if (num_bytes > 0) do_upload(dst, src, num_bytes);
+}
+
+void Backend::download(void* dst, const void* src, int64_t num_bytes) {
+  MEDUSA_CHECK_ARG(num_bytes >= 0 && (num_bytes == 0 || (dst && src)), "download: ", num_bytes,
+                   " bytes from or to nowhere");
+  if (num_bytes > 0) do_download(dst, src, num_bytes);
+}
+
+void Backend::prepare_rows(const Rows& rows, const KvCache& cache) {
+  check_cache("prepare_rows", cache, 0);
+  check_rows("prepare_rows", rows, rows.num_rows);
+  if (rows.num_rows > 0) do_prepare_rows(rows, cache);
+}
+
 void Backend::embed(TensorView tokens, const Weight& weight, float scale, TensorView out) {
   check_view("embed", "tokens", tokens, {DType::i32}, {kAny});
   check_view("embed", "out", out, {DType::f32}, {tokens.size(0), weight.num_inputs()});
@@ -128,7 +152,9 @@ void Backend::embed(TensorView tokens, const Weight& weight, float scale, Tensor
 void Backend::rms_norm(TensorView x, TensorView gain, float eps, TensorView out) {
   check_view("rms_norm", "x", x, {DType::f32}, {kAny, kAny});
   check_view("rms_norm", "gain", gain, {DType::f32}, {x.size(1)});
-  check_view("rms_norm", "out", out, {DType::f32, DType::bf16}, {x.size(0), x.size(1)});
+  check_view("rms_norm", "out", out,
+             {DType::f32, activation_dtype(DType::bf16), activation_dtype(DType::f16)},
+             {x.size(0), x.size(1)});
   if (x.num_elements() > 0) do_rms_norm(x, gain, eps, out);
 }
 
@@ -184,7 +210,8 @@ void Backend::tree_attention(TensorView q, const KvCache& cache, int layer, cons
   check_cache("tree_attention", cache, layer);
   check_view("tree_attention", "q", q, {activation_dtype(shape.dtype)},
              {kAny, kAny, shape.head_dim});
-  check_view("tree_attention", "out", out, {DType::f32, DType::bf16},
+  check_view("tree_attention", "out", out,
+             {DType::f32, activation_dtype(DType::bf16), activation_dtype(DType::f16)},
              {q.size(0), q.size(1), shape.head_dim});
   check_rows("tree_attention", rows, q.size(0));
   MEDUSA_CHECK_ARG(q.size(1) > 0 && q.size(1) % shape.num_kv_heads == 0, "tree_attention: q has ",
@@ -196,7 +223,9 @@ void Backend::tree_attention(TensorView q, const KvCache& cache, int layer, cons
 }
 
 void Backend::gated_activation(TensorView gate_up, Activation activation, TensorView out) {
-  check_view("gated_activation", "out", out, {DType::f32, DType::bf16}, {kAny, kAny});
+  check_view("gated_activation", "out", out,
+             {DType::f32, activation_dtype(DType::bf16), activation_dtype(DType::f16)},
+             {kAny, kAny});
   check_view("gated_activation", "gate_up", gate_up, {DType::f32}, {out.size(0), 2 * out.size(1)});
   if (out.num_elements() > 0) do_gated_activation(gate_up, activation, out);
 }
@@ -204,14 +233,18 @@ void Backend::gated_activation(TensorView gate_up, Activation activation, Tensor
 void Backend::residual_silu(TensorView y, TensorView u, TensorView copy) {
   check_view("residual_silu", "y", y, {DType::f32}, {kAny, kAny});
   check_view("residual_silu", "u", u, {DType::f32}, {y.size(0), y.size(1)});
-  check_view("residual_silu", "copy", copy, {DType::f32, DType::bf16}, {y.size(0), y.size(1)});
+  check_view("residual_silu", "copy", copy,
+             {DType::f32, activation_dtype(DType::bf16), activation_dtype(DType::f16)},
+             {y.size(0), y.size(1)});
   if (y.num_elements() > 0) do_residual_silu(y, u, copy);
 }
 
 void Backend::gather_rows(TensorView x, TensorView index, TensorView out) {
   check_view("gather_rows", "x", x, {DType::f32}, {kAny, kAny});
   check_view("gather_rows", "index", index, {DType::i32}, {kAny});
-  check_view("gather_rows", "out", out, {DType::f32, DType::bf16}, {index.size(0), x.size(1)});
+  check_view("gather_rows", "out", out,
+             {DType::f32, activation_dtype(DType::bf16), activation_dtype(DType::f16)},
+             {index.size(0), x.size(1)});
   if (out.num_elements() > 0) do_gather_rows(x, index, out);
 }
 

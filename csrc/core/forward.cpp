@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "core/row_batch.h"
 #include "medusa/error.h"
 
 namespace medusa {
@@ -40,6 +41,7 @@ Workspace::Workspace(const Model& model, int max_rows, int max_logit_rows)
   hidden_ = take(backend, rows * c.hidden_size * 4);
   hidden_logit_ = take(backend, int64_t{max_logit_rows} * c.hidden_size * 4);
   logits_ = take(backend, int64_t{max_logit_rows} * c.vocab_size * 4);
+  rows_ = take(backend, RowBatch::bytes(max_rows));
 }
 
 int64_t Workspace::num_bytes() const {
@@ -61,8 +63,8 @@ class Pass {
         act_(ops_.activation_dtype(model.dtype)) {
     MEDUSA_CHECK_INTERNAL(rows_ > 0 && rows_ <= ws_.max_rows(), "forward: ", rows_,
                           " rows, workspace for ", ws_.max_rows());
-    MEDUSA_CHECK_INTERNAL(static_cast<int>(input.logit_rows.size()) <= ws_.max_logit_rows(),
-                          "forward: ", input.logit_rows.size(), " logit rows, workspace for ",
+    MEDUSA_CHECK_INTERNAL(input.logit_rows.size(0) <= ws_.max_logit_rows(),
+                          "forward: ", input.logit_rows.size(0), " logit rows, workspace for ",
                           ws_.max_logit_rows());
   }
 
@@ -73,9 +75,9 @@ class Pass {
     const TensorView sin = view(ws_.sin_, DType::f32, rotary);
 
     const TensorView tokens(const_cast<int32_t*>(input_.rows.token), DType::i32, rows_);
-    const TensorView prompt_len(const_cast<int32_t*>(input_.prompt_len), DType::i32, rows_);
+    ops_.prepare_rows(input_.rows, cache_);
     ops_.embed(tokens, *model_.embedding, config_.embedding_scale, x);
-    ops_.rope_table(input_.rows, config_.rope, prompt_len, cos, sin);
+    ops_.rope_table(input_.rows, config_.rope, input_.prompt_len, cos, sin);
     for (int layer = 0; layer < config_.num_layers; ++layer) {
       attention(layer, x, cos, sin);
       mlp(layer, x);
@@ -126,27 +128,22 @@ class Pass {
 
   PassOutput finish(const TensorView& x) {
     const int64_t d = config_.hidden_size;
-    const auto num_hidden = static_cast<int64_t>(input_.hidden_rows.size());
-    const auto num_logits = static_cast<int64_t>(input_.logit_rows.size());
+    const int64_t num_hidden = input_.hidden_rows.size(0), num_logits = input_.logit_rows.size(0);
     PassOutput out;
     if (num_hidden == 0) return out;
 
     const TensorView gathered(ws_.gathered_, DType::f32, num_hidden, d);
     out.hidden = TensorView(ws_.hidden_, DType::f32, num_hidden, d);
-    ops_.gather_rows(x, index_of(input_.hidden_rows), gathered);
+    ops_.gather_rows(x, input_.hidden_rows, gathered);
     ops_.rms_norm(gathered, vector_of(model_.final_norm, d), config_.rms_norm_eps, out.hidden);
     if (num_logits == 0) return out;
 
     const TensorView wanted(ws_.hidden_logit_, ops_.activation_dtype(model_.output().dtype()),
                             num_logits, d);
     out.logits = TensorView(ws_.logits_, DType::f32, num_logits, config_.vocab_size);
-    ops_.gather_rows(out.hidden, index_of(input_.logit_rows), wanted);
+    ops_.gather_rows(out.hidden, input_.logit_rows, wanted);
     ops_.linear(wanted, model_.output(), TensorView(), false, out.logits);
     return out;
-  }
-
-  static TensorView index_of(const std::vector<int32_t>& rows) {
-    return {const_cast<int32_t*>(rows.data()), DType::i32, static_cast<int64_t>(rows.size())};
   }
 
   const Model& model_;

@@ -22,6 +22,7 @@ class Workspace {
   int64_t num_bytes() const;
   int max_rows() const { return max_rows_; }
   int max_logit_rows() const { return max_logit_rows_; }
+  void* row_memory() const { return rows_; }  // RowBatch::bytes(max_rows())
 
  private:
   friend class Pass;
@@ -29,15 +30,15 @@ class Workspace {
   std::vector<std::unique_ptr<Buffer>> buffers_;
   void* take(Backend& backend, int64_t num_bytes);
   void *x_, *normed_, *qkv_, *q_, *attention_, *gate_up_, *gated_, *cos_, *sin_;
-  void *gathered_, *hidden_, *hidden_logit_, *logits_;
+  void *gathered_, *hidden_, *hidden_logit_, *logits_, *rows_;
 };
 
-struct PassInput {
+struct PassInput {  // in backend memory, all i32
   Rows rows;
-  const int32_t* prompt_len = nullptr;  // [R], read by dynamic RoPE scaling
-  std::vector<int32_t> hidden_rows;     // rows whose hidden state is wanted, rising
-  // Of those, the ones whose logits are wanted too: indices into hidden_rows. Empty: none.
-  std::vector<int32_t> logit_rows;
+  TensorView prompt_len;   // [R], read by dynamic RoPE scaling
+  TensorView hidden_rows;  // rows whose hidden state is wanted, rising
+  // Of those, the ones whose logits are wanted too: indices into hidden_rows.
+  TensorView logit_rows;
 };
 
 struct PassOutput {
@@ -45,8 +46,8 @@ struct PassOutput {
   TensorView logits;  // [logit_rows, V] f32
 };
 
-// K and V of every row go to the cache; the views point into the workspace and last until the next
-// pass.
+// K and V of every row go to the cache; the views point into the workspace (backend memory) and
+// last until the next pass.
 PassOutput forward(const Model& model, KvCache& cache, const PassInput& input,
                    Workspace& workspace);
 

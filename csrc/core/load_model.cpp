@@ -1,11 +1,11 @@
 // Models that C++ gets by itself: from the one-file export form, or random ones for benchmarks.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <utility>
 
 #include "core/json.h"
+#include "core/random_values.h"
 #include "core/safetensors.h"
 #include "medusa/error.h"
 #include "medusa/model.h"
@@ -54,36 +54,15 @@ std::vector<int32_t> read_eos_ids(const SafetensorsFile& file, int vocab_size) {
   return ids;
 }
 
-// Values about N(0, scale^2): the sum of four uniform 16-bit parts of a hash of the index.
-class NormalValues {
- public:
-  explicit NormalValues(uint64_t seed) : state_(seed) {}
-
-  float next() {
-    state_ += 0x9E3779B97F4A7C15;  // splitmix64
-    uint64_t x = state_;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
-    x ^= x >> 31;
-    const auto sum =
-        static_cast<int>((x & 0xFFFF) + ((x >> 16) & 0xFFFF) + ((x >> 32) & 0xFFFF) + (x >> 48));
-    constexpr float kStandard = 2.64289e-5f;  // 1 / the deviation of the sum: sqrt(3) / 2^16
-    return static_cast<float>(sum - 2 * 0xFFFF) * kStandard;
-  }
-
- private:
-  uint64_t state_;
-};
-
-template <class T, class Make>
-TensorView filled(std::vector<T>& storage, DType dtype, const std::vector<int64_t>& shape,
-                  Make&& make) {
+// `storage` with room for a tensor of this shape.
+template <class T>
+TensorView sized(std::vector<T>& storage, DType dtype, const std::vector<int64_t>& shape) {
   TensorView view;
   view.dtype = dtype;
   view.rank = static_cast<int>(shape.size());
   std::copy(shape.begin(), shape.end(), view.shape.begin());
-  storage.resize(static_cast<size_t>(view.num_elements()));
-  for (T& value : storage) value = make();
+  const auto size = static_cast<size_t>(view.num_elements());
+  if (storage.size() < size) storage.resize(size);
   view.data = storage.data();
   return view;
 }
@@ -125,23 +104,30 @@ std::unique_ptr<Model> random_model(const ModelConfig& config, DType dtype, uint
   std::vector<int32_t> i32;
   for (const auto& [name, shape] : builder.missing()) {
     if (name == "heads.token_map") {  // spread over the vocabulary, all distinct
-      int64_t i = 0;
-      builder.add(name, filled(i32, DType::i32, shape, [&] {
-                    return static_cast<int32_t>(i++ * config.vocab_size / shape[0]);
-                  }));
-    } else if (name.ends_with("norm.weight")) {
-      builder.add(name, filled(f32, DType::f32, shape, [] { return 1.0f; }));
-    } else if (shape.size() == 1) {  // biases
-      builder.add(name, filled(f32, DType::f32, shape, [&] { return 0.02f * normal.next(); }));
-    } else if (const float scale = 1.0f / std::sqrt(static_cast<float>(shape[1]));
-               dtype == DType::bf16) {
-      builder.add(
-          name, filled(bf16, DType::bf16, shape, [&] {  // cut, not rounded: random anyway
-            return static_cast<uint16_t>(std::bit_cast<uint32_t>(scale * normal.next()) >> 16);
-          }));
-    } else {
-      builder.add(name, filled(f32, DType::f32, shape, [&] { return scale * normal.next(); }));
+      const TensorView view = sized(i32, DType::i32, shape);
+      for (int64_t i = 0; i < shape[0]; ++i) {
+        view.as<int32_t>()[i] = static_cast<int32_t>(i * config.vocab_size / shape[0]);
+      }
+      builder.add(name, view);
+      continue;
     }
+    const bool matrix = shape.size() == 2;
+    const float scale = matrix ? 1.0f / std::sqrt(static_cast<float>(shape[1])) : 0.02f;
+    if (matrix && dtype == DType::bf16) {
+      const TensorView view = sized(bf16, DType::bf16, shape);
+      normal.fill(view.as<uint16_t>(), view.num_elements(),
+                  [scale](float value) { return cut_bf16(scale * value); });
+      builder.add(name, view);
+      continue;
+    }
+    const TensorView view = sized(f32, DType::f32, shape);
+    if (name.ends_with("norm.weight")) {
+      std::fill_n(view.as<float>(), shape[0], 1.0f);
+    } else {
+      normal.fill(view.as<float>(), view.num_elements(),
+                  [scale](float value) { return scale * value; });
+    }
+    builder.add(name, view);
   }
   return builder.finish();
 }

@@ -2,12 +2,13 @@
 // candidates fill a static tree. Source: Medusa, arXiv:2401.10774.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <cstring>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "medusa/error.h"
 #include "medusa/noise.h"
+#include "medusa/resident.h"
 #include "medusa/session.h"
 
 namespace medusa {
@@ -36,6 +37,24 @@ class MedusaDrafter final : public Drafter {
   }
 
   int max_nodes() const override { return tree_.num_nodes(); }
+  const TreeSpec* resident_tree() const override { return &tree_; }
+
+  void draft_resident(Resident& resident, int batch) override {
+    if (tree_.depth() == 0) return;
+    const int width =
+        std::min({head_vocab_, kMaxTreeNodes, std::max(num_ranks_, kCoupledCandidates)});
+    const Candidates found = run_heads(resident.hidden(batch), tree_.depth(), width);
+    TensorView token_map;
+    if (!model_->token_map.empty()) {
+      const auto size = static_cast<int64_t>(model_->token_map.size());
+      if (!token_map_) {
+        token_map_ = ops_.allocate(size * 4);
+        ops_.upload(token_map_->data(), model_->token_map.data(), size * 4);
+      }
+      token_map = TensorView(token_map_->data(), DType::i32, size);
+    }
+    resident.fill_tree(batch, found.ids, found.values, token_map);
+  }
 
   void draft(std::span<const DraftInput> inputs, std::span<DraftTree> trees) override {
     const std::lock_guard lock(mutex_);
@@ -52,7 +71,7 @@ class MedusaDrafter final : public Drafter {
     for (const size_t i : ready) sampled |= inputs[i].sampling->temperature > 0.0f;
     const int width = std::min({head_vocab_, kMaxTreeNodes,
                                 sampled ? std::max(num_ranks_, kCoupledCandidates) : num_ranks_});
-    run_heads(inputs, ready, depth, width);
+    read_heads(inputs, ready, depth, width);
     for (size_t row = 0; row < ready.size(); ++row) {
       fill(inputs[ready[row]], static_cast<int>(row), static_cast<int>(ready.size()), depth, width,
            trees[ready[row]]);
@@ -62,36 +81,35 @@ class MedusaDrafter final : public Drafter {
  private:
   // One Buffer per role, grown outside the ops; row h * B + b of each is head h of sequence b.
   void* memory(std::unique_ptr<Buffer>& buffer, int64_t num_bytes) {
-    if (!buffer || buffer->num_bytes() < num_bytes) buffer = ops_.allocate(num_bytes);
+    if (!buffer || buffer->num_bytes() < num_bytes) {
+      if (buffer) outgrown_.push_back(std::move(buffer));
+      buffer = ops_.allocate(num_bytes);
+    }
     return buffer->data();
   }
 
-  void run_heads(std::span<const DraftInput> inputs, const std::vector<size_t>& ready, int depth,
-                 int width) {
-    const int64_t d = model_->config.hidden_size;
-    const auto batch = static_cast<int64_t>(ready.size());
+  struct Candidates {
+    TensorView ids, values;  // [depth * B, width]
+  };
+
+  // Candidates of the first `depth` heads for the rows of hidden [B, d] f32, backend memory.
+  Candidates run_heads(TensorView hidden, int depth, int width) {
+    const int64_t batch = hidden.size(0), d = hidden.size(1);
     const int64_t rows = batch * depth;
     const DType act = ops_.activation_dtype(model_->dtype);
     auto* u = static_cast<float*>(memory(u_, rows * d * 4));
     auto* y = static_cast<float*>(memory(y_, batch * d * 4));
     auto* normed = static_cast<std::byte*>(memory(copy_, rows * d * dtype_bytes(act)));
     auto* logits = static_cast<float*>(memory(logits_, rows * head_vocab_ * 4));
-    candidates_.resize(static_cast<size_t>(rows * width));
-    values_.resize(candidates_.size());
-
-    identity_.resize(static_cast<size_t>(batch));
-    for (int64_t b = 0; b < batch; ++b) identity_[static_cast<size_t>(b)] = static_cast<int32_t>(b);
-    const TensorView index(identity_.data(), DType::i32, batch);
+    auto* ids = static_cast<int32_t*>(memory(ids_, rows * width * 4));
+    auto* values = static_cast<float*>(memory(values_memory_, rows * width * 4));
+    const TensorView index = identity(batch);
     for (int head = 0; head < depth; ++head) {
-      float* u_head = u + head * batch * d;
-      for (int64_t b = 0; b < batch; ++b) {
-        std::memcpy(u_head + b * d, inputs[ready[static_cast<size_t>(b)]].hidden,
-                    static_cast<size_t>(d) * 4);
-      }
-      const TensorView state(u_head, DType::f32, batch, d);
+      const TensorView state(u + head * batch * d, DType::f32, batch, d);
       const TensorView update(y, DType::f32, batch, d);
       const TensorView copy(normed + head * batch * d * dtype_bytes(act), act, batch, d);
-      ops_.gather_rows(state, index, copy);
+      ops_.gather_rows(hidden, index, state);
+      ops_.gather_rows(hidden, index, copy);
       const Head& weights = model_->heads[static_cast<size_t>(head)];
       for (size_t layer = 0; layer < weights.blocks.size(); ++layer) {
         const TensorView bias(weights.biases[layer]->data(), DType::f32, d);
@@ -109,10 +127,35 @@ class MedusaDrafter final : public Drafter {
       ops_.linear(TensorView(normed, act, rows, d), model_->output(), TensorView(), false,
                   TensorView(logits, DType::f32, rows, head_vocab_));
     }
-    ops_.top_k(TensorView(logits, DType::f32, rows, head_vocab_),
-               TensorView(candidates_.data(), DType::i32, rows, width),
-               TensorView(values_.data(), DType::f32, rows, width));
-    ops_.synchronize();
+    const Candidates found{{ids, DType::i32, rows, width}, {values, DType::f32, rows, width}};
+    ops_.top_k(TensorView(logits, DType::f32, rows, head_vocab_), found.ids, found.values);
+    return found;
+  }
+
+  // 0, 1, ..., n - 1 in backend memory.
+  TensorView identity(int64_t n) {
+    if (!identity_ || identity_->num_bytes() < n * 4) {
+      std::vector<int32_t> all(static_cast<size_t>(n));
+      std::iota(all.begin(), all.end(), 0);
+      ops_.upload(memory(identity_, n * 4), all.data(), n * 4);
+    }
+    return {identity_->data(), DType::i32, n};
+  }
+
+  // Runs the heads and brings their candidates to the host, as ids of the vocabulary.
+  void read_heads(std::span<const DraftInput> inputs, const std::vector<size_t>& ready, int depth,
+                  int width) {
+    const int64_t d = model_->config.hidden_size;
+    const auto batch = static_cast<int64_t>(ready.size());
+    auto* hidden = static_cast<float*>(memory(hidden_, batch * d * 4));
+    for (int64_t b = 0; b < batch; ++b) {
+      ops_.upload(hidden + b * d, inputs[ready[static_cast<size_t>(b)]].hidden, d * 4);
+    }
+    const Candidates found = run_heads(TensorView(hidden, DType::f32, batch, d), depth, width);
+    candidates_.resize(static_cast<size_t>(batch * depth * width));
+    values_.resize(candidates_.size());
+    ops_.download(candidates_.data(), found.ids.data, found.ids.num_bytes());
+    ops_.download(values_.data(), found.values.data, found.values.num_bytes());
     for (int32_t& id : candidates_) {
       if (!model_->token_map.empty()) id = model_->token_map[static_cast<size_t>(id)];
     }
@@ -158,8 +201,10 @@ class MedusaDrafter final : public Drafter {
   Backend& ops_;
   int head_vocab_ = 0, num_ranks_ = 0;
   std::mutex mutex_;  // two sessions may hold one drafter by mistake; they shall only be slow
-  std::unique_ptr<Buffer> u_, y_, copy_, logits_;
-  std::vector<int32_t> candidates_, identity_;
+  std::unique_ptr<Buffer> hidden_, u_, y_, copy_, logits_, ids_, values_memory_;
+  std::unique_ptr<Buffer> identity_, token_map_;
+  std::vector<std::unique_ptr<Buffer>> outgrown_;  // recorded steps may still use them
+  std::vector<int32_t> candidates_;
   std::vector<float> values_;
 };
 

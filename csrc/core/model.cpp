@@ -241,8 +241,12 @@ void ModelBuilder::add(const std::string& name, TensorView tensor) {
   } else if (slot.weight != nullptr) {
     state_->fill_weight(slot, tensor);
   } else {
-    float* out = static_cast<float*>(slot.buffer->data()) + slot.first;
-    for (int64_t i = 0; i < tensor.size(0); ++i) out[i] = float_at(tensor, i);
+    std::vector<float> values(static_cast<size_t>(tensor.size(0)));
+    for (int64_t i = 0; i < tensor.size(0); ++i) {
+      values[static_cast<size_t>(i)] = float_at(tensor, i);
+    }
+    state_->model->backend->upload(static_cast<float*>(slot.buffer->data()) + slot.first,
+                                   values.data(), tensor.size(0) * dtype_bytes(DType::f32));
   }
   slot.given = true;
 }

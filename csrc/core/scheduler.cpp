@@ -19,7 +19,9 @@ Scheduler::Scheduler(const Model& model, const SessionOptions& options, int max_
   cache_.max_pages = pages_for(int64_t{options.max_context} + kMaxTreeNodes);
   page_table_.assign(static_cast<size_t>(options.max_batch) * static_cast<size_t>(cache_.max_pages),
                      0);
-  cache_.page_table = page_table_.data();
+  page_table_memory_ =
+      model.backend->allocate(static_cast<int64_t>(page_table_.size() * sizeof(int32_t)));
+  cache_.page_table = static_cast<const int32_t*>(page_table_memory_->data());
   cache_.num_sequences = options.max_batch;
   for (int line = options.max_batch - 1; line >= 0; --line) free_lines_.push_back(line);
 }
@@ -116,6 +118,7 @@ void Scheduler::start(std::unique_ptr<Sequence> owned) {
     }
     int32_t* line = page_table_.data() + static_cast<int64_t>(sequence.line) * cache_.max_pages;
     std::copy(sequence.pages.begin(), sequence.pages.end(), line);
+    page_table_changed_ = true;
   }
   if (sequence.stats.set_backs == 0) {
     sequence.stats.reused_tokens = sequence.len;
@@ -174,6 +177,7 @@ bool Scheduler::take_page(Sequence& sequence) {
   const int page = pool_.take();
   const int64_t line = static_cast<int64_t>(sequence.line) * cache_.max_pages;
   page_table_[static_cast<size_t>(line) + sequence.pages.size()] = page;
+  page_table_changed_ = true;
   sequence.pages.push_back(page);
   return true;
 }
@@ -206,6 +210,21 @@ void Scheduler::commit_pages() {
     }
     ++i;
   }
+  upload_page_table();
+}
+
+bool Scheduler::reserve(const std::function<int64_t(const Sequence&)>& slots) {
+  bool covered = true;
+  for (const auto& sequence : active_) covered = covered && cover(*sequence, slots(*sequence));
+  upload_page_table();
+  return covered;
+}
+
+void Scheduler::upload_page_table() {
+  if (!page_table_changed_) return;
+  model_.backend->upload(page_table_memory_->data(), page_table_.data(),
+                         page_table_memory_->num_bytes());
+  page_table_changed_ = false;
 }
 
 void Scheduler::fill_stats(SessionStats& stats) const {

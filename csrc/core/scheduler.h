@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -51,12 +52,17 @@ class Scheduler {
   std::unique_ptr<Sequence> remove(int64_t id);  // waiting or active; its pages are kept for reuse
   void admit();                                  // starts what fits, in order of arrival
   void share_out();                              // each active sequence's chunk of this step's rows
-  // Gives every sequence pages for its chunk and tree; trees are cut and the youngest set back
-  // where they run out.
+  // Gives every sequence pages for its chunk and tree, and the backend the page table; trees are
+  // cut and the youngest set back where pages run out.
   void commit_pages();
+
+  // Pages for `slots(sequence)` of every active sequence, and the page table to the backend. False:
+  // they do not fit; nobody was set back.
+  bool reserve(const std::function<int64_t(const Sequence&)>& slots);
 
   std::vector<std::unique_ptr<Sequence>>& active() { return active_; }  // oldest first
   bool idle() const { return active_.empty() && waiting_.empty(); }
+  bool has_waiting() const { return !waiting_.empty(); }
   KvCache& cache() { return cache_; }
   void fill_stats(SessionStats& stats) const;
 
@@ -74,6 +80,7 @@ class Scheduler {
   void set_back(size_t index);
   bool take_page(Sequence& sequence);
   bool cover(Sequence& sequence, int64_t slots);
+  void upload_page_table();
 
   const Model& model_;
   const SessionOptions& options_;
@@ -82,7 +89,9 @@ class Scheduler {
   PagePool pool_;
   PrefixCache kept_;
   KvCache cache_;
-  std::vector<int32_t> page_table_;
+  std::vector<int32_t> page_table_;  // as the next upload makes it
+  std::unique_ptr<Buffer> page_table_memory_;
+  bool page_table_changed_ = false;
   std::vector<int> free_lines_;
   std::deque<std::unique_ptr<Sequence>> waiting_;
   std::vector<std::unique_ptr<Sequence>> active_;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <cstring>
+#include <memory>
+#include <numeric>
 
 #include "core/forward.h"
 #include "core/row_batch.h"
@@ -23,10 +24,14 @@ void score(const Model& model, std::span<const int32_t> tokens, int chunk, float
   }
 
   const int num_pages = (num_tokens + kPageTokens - 1) / kPageTokens;
-  std::vector<int32_t> page_table(static_cast<size_t>(num_pages));
-  for (int i = 0; i < num_pages; ++i) page_table[static_cast<size_t>(i)] = i;
-  KvCache cache = model.backend->make_kv_cache(model.kv_shape(num_pages));
-  cache.page_table = page_table.data();
+  std::vector<int32_t> pages(static_cast<size_t>(num_pages));
+  std::iota(pages.begin(), pages.end(), 0);
+  Backend& backend = *model.backend;
+  KvCache cache = backend.make_kv_cache(model.kv_shape(num_pages));
+  const auto table_bytes = static_cast<int64_t>(pages.size() * sizeof(int32_t));
+  const std::unique_ptr<Buffer> page_table = backend.allocate(table_bytes);
+  backend.upload(page_table->data(), pages.data(), table_bytes);
+  cache.page_table = static_cast<const int32_t*>(page_table->data());
   cache.num_sequences = 1;
   cache.max_pages = num_pages;
 
@@ -37,18 +42,17 @@ void score(const Model& model, std::span<const int32_t> tokens, int chunk, float
     RowBatch rows;
     rows.add_chunk(0, num_tokens,
                    tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(n)), start);
-    PassInput input = rows.pass_input();
-    for (int i = 0; i < n; ++i) input.hidden_rows.push_back(i);
-    if (logits) input.logit_rows = input.hidden_rows;
-    const PassOutput out = forward(model, cache, input, workspace);
-    model.backend->synchronize();
+    for (int i = 0; i < n; ++i) rows.hidden_rows.push_back(i);
+    if (logits) rows.logit_rows = rows.hidden_rows;
+    const PassOutput out =
+        forward(model, cache, rows.upload(backend, workspace.row_memory()), workspace);
     if (logits) {
-      std::memcpy(logits + int64_t{start} * config.vocab_size, out.logits.data,
-                  static_cast<size_t>(out.logits.num_bytes()));
+      backend.download(logits + int64_t{start} * config.vocab_size, out.logits.data,
+                       out.logits.num_bytes());
     }
     if (hidden) {
-      std::memcpy(hidden + int64_t{start} * config.hidden_size, out.hidden.data,
-                  static_cast<size_t>(out.hidden.num_bytes()));
+      backend.download(hidden + int64_t{start} * config.hidden_size, out.hidden.data,
+                       out.hidden.num_bytes());
     }
   }
 }

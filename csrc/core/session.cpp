@@ -6,11 +6,13 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <numeric>
 #include <set>
 #include <thread>
 #include <utility>
 
 #include "core/forward.h"
+#include "core/resident_loop.h"
 #include "core/row_batch.h"
 #include "core/scheduler.h"
 #include "medusa/error.h"
@@ -56,14 +58,21 @@ struct Session::State {
         // Hidden rows of reused tokens are gone, and such a drafter wants them all.
         scheduler(*model, options, max_nodes, !needs_commit),
         workspace(*model, options.prefill_chunk + options.max_batch * max_nodes,
-                  options.max_batch * max_nodes) {
+                  options.max_batch * max_nodes),
+        resident(ResidentLoop::make(*model, drafter.get(), options)) {
     publish();
   }
 
+  bool news() const;
   void receive();
   void draft();
   void run();
+  bool run_resident();
+  void read_resident_step();
+  void leave_device();
   void commit(Sequence& sequence, const float* hidden, std::vector<KvMove>& moves);
+  void take_over(Sequence& sequence);
+  bool emit(Sequence& sequence);
   void tell_drafter(const Sequence& sequence, const float* hidden);
   void finish(Sequence& sequence, Finish reason, Event event);
   void publish();
@@ -78,7 +87,8 @@ struct Session::State {
   std::mutex step_mutex;                  // one step at a time; guards what follows
   Scheduler scheduler;
   Workspace workspace;
-  std::vector<Event> events;  // survive a step that throws
+  std::unique_ptr<ResidentLoop> resident;  // null: every step passes through the host
+  std::vector<Event> events;               // survive a step that throws
   int64_t steps = 0, compactions_across_pages = 0;
 
   mutable std::mutex inbox_mutex;  // guards what follows; never held during a pass
@@ -158,9 +168,10 @@ std::vector<Event> Session::step() {
   const std::lock_guard lock(s.step_mutex);
   s.stepping = std::this_thread::get_id();
   const std::shared_ptr<void> reset(nullptr, [&](void*) { s.stepping = std::thread::id(); });
+  if (s.news()) s.leave_device();
   s.receive();
   s.scheduler.admit();
-  if (!s.scheduler.active().empty()) {
+  if (!s.scheduler.active().empty() && !s.run_resident()) {
     s.scheduler.share_out();
     s.draft();
     s.scheduler.commit_pages();
@@ -168,6 +179,11 @@ std::vector<Event> Session::step() {
   }
   s.publish();
   return std::exchange(s.events, {});
+}
+
+bool Session::State::news() const {
+  const std::lock_guard lock(inbox_mutex);
+  return !submitted.empty() || !cancelled.empty();
 }
 
 void Session::State::receive() {
@@ -191,7 +207,7 @@ void Session::State::draft() {
   std::vector<DraftTree> trees;
   for (const auto& sequence : scheduler.active()) {
     // Depth j accepted means j + 1 tokens emitted.
-    const int max_depth = sequence->remaining() - 1;
+    const int max_depth = std::min(sequence->remaining() - 1, model->backend->max_tree_depth());
     if (!sequence->has_tree || max_depth < 1 || max_nodes < 2) continue;
     inputs.push_back({sequence->id, sequence->tokens,
                       sequence->hidden.empty() ? nullptr : sequence->hidden.data(), max_nodes,
@@ -226,6 +242,7 @@ void Session::State::run() {
   RowBatch rows;
   std::vector<VerifyItem> items;
   std::vector<int32_t> tree_rows, first_rows;
+  Backend& backend = *model->backend;
   for (const auto& owned : scheduler.active()) {
     Sequence& sequence = *owned;
     const std::span<const int32_t> text = sequence.tokens;
@@ -243,19 +260,18 @@ void Session::State::run() {
   }
   if (rows.num_rows() == 0) return;
 
-  PassInput input = rows.pass_input();
   if (needs_commit) {
-    for (int row = 0; row < rows.num_rows(); ++row) input.hidden_rows.push_back(row);
-    input.logit_rows = tree_rows;
+    rows.hidden_rows.resize(static_cast<size_t>(rows.num_rows()));
+    std::iota(rows.hidden_rows.begin(), rows.hidden_rows.end(), 0);
+    rows.logit_rows = tree_rows;
   } else {
-    input.hidden_rows = tree_rows;
-    for (size_t i = 0; i < tree_rows.size(); ++i) {
-      input.logit_rows.push_back(static_cast<int32_t>(i));
-    }
+    rows.hidden_rows = tree_rows;
+    rows.logit_rows.resize(tree_rows.size());
+    std::iota(rows.logit_rows.begin(), rows.logit_rows.end(), 0);
   }
-  const PassOutput out = forward(*model, scheduler.cache(), input, workspace);
-  if (!items.empty()) model->backend->verify(out.logits, items);
-  model->backend->synchronize();
+  const PassOutput out =
+      forward(*model, scheduler.cache(), rows.upload(backend, workspace.row_memory()), workspace);
+  if (!items.empty()) backend.verify(out.logits, items);
   ++steps;
 
   const int64_t d = model->config.hidden_size;
@@ -268,22 +284,12 @@ void Session::State::run() {
     const int root = needs_commit ? first_row + sequence->chunk : first_tree_row;
     commit(*sequence, hidden + root * d, moves);
   }
-  if (!moves.empty()) model->backend->compact_kv(scheduler.cache(), moves);
-  model->backend->synchronize();
+  if (!moves.empty()) backend.compact_kv(scheduler.cache(), moves);
+  backend.synchronize();
 
   std::vector<int64_t> ended;
   for (const auto& sequence : scheduler.active()) {
-    if (!sequence->has_tree) continue;
-    const int32_t last = sequence->accepted.tokens.back();
-    const std::vector<int32_t>& eos = sequence->request.eos_ids;
-    const bool stopped = std::find(eos.begin(), eos.end(), last) != eos.end();
-    Event event{sequence->id, sequence->accepted.tokens, Finish::none, {}};
-    if (stopped || sequence->remaining() == 0) {
-      ended.push_back(sequence->id);
-      finish(*sequence, stopped ? Finish::stop : Finish::length, std::move(event));
-    } else {
-      events.push_back(std::move(event));
-    }
+    if (sequence->has_tree && emit(*sequence)) ended.push_back(sequence->id);
   }
   std::vector<std::pair<Sequence*, int64_t>> told;
   index = 0;
@@ -305,22 +311,71 @@ void Session::State::run() {
   if (error) std::rethrow_exception(error);
 }
 
-// The tokens that this step put into the cache, with the hidden rows that the pass gave them.
+// One step on the device, if every active sequence can be there. The host reads it late: the next
+// one is already under way.
+bool Session::State::run_resident() {
+  if (!resident || (!resident->running() && !resident->start(scheduler))) return false;
+  resident->launch(scheduler, workspace);
+  if (resident->idle()) {  // no pages left for a whole tree
+    leave_device();
+    return false;
+  }
+  read_resident_step();
+  return true;
+}
+
+void Session::State::read_resident_step() {
+  std::vector<std::pair<int64_t, Accepted>> results;
+  try {
+    results = resident->wait();
+  } catch (...) {
+    resident->abandon(scheduler);
+    throw;
+  }
+  ++steps;
+  std::vector<int64_t> ended;
+  for (auto& [id, accepted] : results) {
+    if (accepted.tokens.empty()) continue;
+    const auto found =
+        std::find_if(scheduler.active().begin(), scheduler.active().end(),
+                     [&, wanted = id](const auto& sequence) { return sequence->id == wanted; });
+    if (found == scheduler.active().end()) continue;
+    Sequence& sequence = **found;
+    sequence.accepted = std::move(accepted);
+    take_over(sequence);
+    if (emit(sequence)) ended.push_back(id);
+  }
+  for (const int64_t id : ended) scheduler.remove(id);
+  if (!ended.empty() && (scheduler.has_waiting() || scheduler.active().empty())) leave_device();
+}
+
+// Reads what is under way and goes on with the host in the loop.
+void Session::State::leave_device() {
+  if (!resident || !resident->running()) return;
+  while (!resident->idle()) read_resident_step();
+  if (resident->running()) resident->stop(scheduler);
+}
+
+// The tokens that this step put into the cache, with the hidden rows that the pass gave them
+// (`hidden`, backend memory).
 void Session::State::tell_drafter(const Sequence& sequence, const float* hidden) {
   const auto d = static_cast<int64_t>(model->config.hidden_size);
   const std::vector<int> path = sequence.has_tree ? sequence.accepted.path : std::vector<int>();
   const auto added = static_cast<size_t>(sequence.chunk) + path.size();
   const size_t start = static_cast<size_t>(sequence.len) - added;
-  std::vector<float> rows(hidden, hidden + sequence.chunk * d);
+  std::vector<float> rows(added * static_cast<size_t>(d));
+  float* to = rows.data();
+  model->backend->download(to, hidden, sequence.chunk * d * 4);
+  to += sequence.chunk * d;
   for (const int node : path) {
-    const float* row = hidden + (sequence.chunk + node) * d;
-    rows.insert(rows.end(), row, row + d);
+    model->backend->download(to, hidden + (sequence.chunk + node) * d, d * 4);
+    to += d;
   }
   drafter->on_commit(sequence.id, static_cast<int>(start),
                      std::span<const int32_t>(sequence.tokens).subspan(start, added), rows.data());
 }
 
-// Takes over what a sequence's walk accepted. `hidden` is the row of its root.
+// Takes over what a sequence's walk accepted. `hidden` is the row of its root, backend memory.
 void Session::State::commit(Sequence& sequence, const float* hidden, std::vector<KvMove>& moves) {
   const auto d = static_cast<size_t>(model->config.hidden_size);
   sequence.len += sequence.chunk;
@@ -328,22 +383,34 @@ void Session::State::commit(Sequence& sequence, const float* hidden, std::vector
 
   const std::vector<int>& path = sequence.accepted.path;
   const auto accepted = static_cast<int>(path.size());
+  MEDUSA_CHECK_INTERNAL(accepted > 0, "session: a walk accepted nothing");
+  if (path.back() != accepted - 1) {
+    moves.push_back({sequence.line, sequence.len, accepted, path.data()});
+  }
+  if (drafter) {
+    sequence.hidden.resize(d);
+    model->backend->download(sequence.hidden.data(), hidden + static_cast<size_t>(path.back()) * d,
+                             static_cast<int64_t>(d) * 4);
+  }
+  take_over(sequence);
+}
+
+// What a step accepted joins the text; its rows of the cache are in place, or are being moved
+// there.
+void Session::State::take_over(Sequence& sequence) {
+  const std::vector<int>& path = sequence.accepted.path;
+  const auto accepted = static_cast<int>(path.size());
   MEDUSA_CHECK_INTERNAL(
       accepted > 0 && path[0] == 0 && sequence.accepted.tokens.size() == path.size(),
       "session: a walk accepted ", accepted, " nodes and ", sequence.accepted.tokens.size(),
       " tokens");
-  if (path.back() != accepted - 1) {
-    moves.push_back({sequence.line, sequence.len, accepted, path.data()});
-    for (int i = 0; i < accepted; ++i) {
-      if ((sequence.len + path[static_cast<size_t>(i)]) / kPageTokens !=
-          (sequence.len + i) / kPageTokens) {
-        ++compactions_across_pages;
-        break;
-      }
+  for (int i = 0; i < accepted; ++i) {
+    if ((sequence.len + path[static_cast<size_t>(i)]) / kPageTokens !=
+        (sequence.len + i) / kPageTokens) {
+      ++compactions_across_pages;
+      break;
     }
   }
-  const float* last = hidden + static_cast<size_t>(path.back()) * d;
-  sequence.hidden.assign(last, last + d);
   sequence.len += accepted;
 
   if (sequence.emitted() == 0) sequence.first_token = Clock::now();
@@ -355,6 +422,20 @@ void Session::State::commit(Sequence& sequence, const float* hidden, std::vector
     stats.accepted_lengths.resize(static_cast<size_t>(accepted) + 1);
   }
   ++stats.accepted_lengths[static_cast<size_t>(accepted)];
+}
+
+// The event of what was taken over; true: it is the sequence's last one.
+bool Session::State::emit(Sequence& sequence) {
+  const int32_t last = sequence.accepted.tokens.back();
+  const std::vector<int32_t>& eos = sequence.request.eos_ids;
+  const bool stopped = std::find(eos.begin(), eos.end(), last) != eos.end();
+  Event event{sequence.id, sequence.accepted.tokens, Finish::none, {}};
+  if (!stopped && sequence.remaining() > 0) {
+    events.push_back(std::move(event));
+    return false;
+  }
+  finish(sequence, stopped ? Finish::stop : Finish::length, std::move(event));
+  return true;
 }
 
 void Session::State::finish(Sequence& sequence, Finish reason, Event event) {

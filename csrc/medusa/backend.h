@@ -1,6 +1,7 @@
 // The only list of ops, and the only place an op's contract is written. The public method checks
 // its arguments (core/backend.cpp); the private do_ method computes. Ops run in call order on the
-// backend's queue and never allocate device memory; synchronize() waits for them. What every op
+// backend's queue; synchronize() waits for them. Every pointer that an op takes (TensorView, Rows,
+// page table) is backend memory unless marked host; on the CPU the two are one. What every op
 // promises: the bits of a row depend on that row's inputs alone, not on the rows beside it, their
 // number, the tree, the batch or the number of threads.
 // SPDX-License-Identifier: Apache-2.0
@@ -81,12 +82,12 @@ struct KvCache {
   int max_pages = 0;                    // per sequence
 };
 
-struct KvMove {  // row(len + i) = row(len + path[i]) for i in [0, n)
+struct KvMove {  // host; row(len + i) = row(len + path[i]) for i in [0, n)
   int32_t sequence = 0, len = 0, n = 0;
   const int32_t* path = nullptr;  // strictly increasing
 };
 
-struct VerifyItem {  // one sequence's tree and the logits that judge it
+struct VerifyItem {  // host; one sequence's tree and the logits that judge it
   const DraftTree* tree = nullptr;
   int first_row = 0;  // row first_row + v of the logits is node v
   const SamplingParams* sampling = nullptr;
@@ -96,14 +97,32 @@ struct VerifyItem {  // one sequence's tree and the logits that judge it
   Accepted* accepted = nullptr;  // out; cut after the first end-of-sequence token
 };
 
+class Resident;
+struct ResidentShape;
+
 class Backend {
  public:
   virtual ~Backend() = default;
   virtual std::string name() const = 0;    // "cpu"
   virtual std::string detail() const = 0;  // "avx512, 2 threads"
   virtual int threads() const = 0;         // 1 on a device that has its own
+  // Deepest tree node (the root has 0) that keeps its bits; no deeper one may be given.
+  virtual int max_tree_depth() const { return kMaxTreeNodes - 1; }
+  struct Memory {
+    int64_t free = 0, total = 0;  // bytes: what nobody has taken now, and all there is
+  };
+  virtual Memory memory() const = 0;
+  // Element type in which `linear` wants its input for this weight type, and attention its queries
+  // for this cache type: the "act" of the ops below is any of them.
+  virtual DType activation_dtype(DType weight_dtype) const;
   virtual void synchronize() = 0;
+  // Null where the backend needs the host between steps; see medusa/resident.h.
+  virtual std::unique_ptr<Resident> make_resident(const ResidentShape& shape);
 
+  // Host to backend memory, in call order; src may change on return.
+  void upload(void* dst, const void* src, int64_t num_bytes);
+  // Backend to host memory, after all earlier ops; waits.
+  void download(void* dst, const void* src, int64_t num_bytes);
   std::unique_ptr<Buffer> allocate(int64_t num_bytes);  // zero-filled, 64-byte aligned; OutOfMemory
   // An empty [N, K] matrix stored as `dtype`; fill every row with pack().
   std::unique_ptr<Weight> make_weight(int64_t num_outputs, int64_t num_inputs, DType dtype);
@@ -111,13 +130,15 @@ class Backend {
   // to nearest even.
   void pack(Weight& weight, int64_t first_output, TensorView src);
   KvCache make_kv_cache(const KvShape& shape);
-  // Element type in which `linear` wants its input for this weight type: bf16 for bf16, else f32.
-  DType activation_dtype(DType weight_dtype) const;
+
+  // Call after the rows or the page table were written, before rope_write and tree_attention get
+  // these rows: a device plans its work here, once for all layers.
+  void prepare_rows(const Rows& rows, const KvCache& cache);
 
   // out [R, d] f32 = scale * weight[tokens[r], :].  weight [V, d]; tokens [R] i32, each in [0, V).
   void embed(TensorView tokens, const Weight& weight, float scale, TensorView out);
 
-  // out [R, d] f32 | bf16 = x * rsqrt(mean(x^2) + eps) * gain.   x [R, d] f32, gain [d] f32
+  // out [R, d] f32 | act = x * rsqrt(mean(x^2) + eps) * gain.   x [R, d] f32, gain [d] f32
   void rms_norm(TensorView x, TensorView gain, float eps, TensorView out);
 
   // out [R, N] f32 = (accumulate ? out : 0) + x W^T + bias.   x [R, K] activation_dtype(W), bias
@@ -137,18 +158,18 @@ class Backend {
                   TensorView q);
 
   // Attention of each row over what it sees (struct Rows), scale * q.k, softmax and sums in f32.
-  // q [R, H, D] as rope_write left it; out [R, H, D] f32 | bf16. window: row at p sees positions >
+  // q [R, H, D] as rope_write left it; out [R, H, D] f32 | act. window: row at p sees positions >
   // p - window; 0: all.
   void tree_attention(TensorView q, const KvCache& cache, int layer, const Rows& rows, float scale,
                       int window, TensorView out);
 
-  // out [R, F] f32 | bf16 = act(gate) * up.   gate_up [R, 2F] f32, gate first
+  // out [R, F] f32 | act = act(gate) * up.   gate_up [R, 2F] f32, gate first
   void gated_activation(TensorView gate_up, Activation activation, TensorView out);
 
-  // u [R, d] f32 += silu(y [R, d] f32); copy [R, d] f32 | bf16 = u. The block of a Medusa head.
+  // u [R, d] f32 += silu(y [R, d] f32); copy [R, d] f32 | act = u. The block of a Medusa head.
   void residual_silu(TensorView y, TensorView u, TensorView copy);
 
-  // out [n, d] = x[index[i], :], converting f32 to out's dtype (f32 | bf16).   index [n] i32
+  // out [n, d] = x[index[i], :], converting f32 to out's dtype (f32 | act).   index [n] i32
   void gather_rows(TensorView x, TensorView index, TensorView out);
 
   // ids, values [R, k]: the k greatest of each row of x [R, V] f32, ties to the lower id, in
@@ -173,8 +194,11 @@ class Backend {
   virtual std::unique_ptr<Weight> do_make_weight(int64_t num_outputs, int64_t num_inputs,
                                                  DType dtype) = 0;
   virtual void do_pack(Weight& weight, int64_t first_output, TensorView src) = 0;
+  virtual void do_upload(void* dst, const void* src, int64_t num_bytes) = 0;
+  virtual void do_download(void* dst, const void* src, int64_t num_bytes) = 0;
 
  private:
+  virtual void do_prepare_rows(const Rows& rows, const KvCache& cache) = 0;
   virtual void do_embed(TensorView tokens, const Weight& weight, float scale, TensorView out) = 0;
   virtual void do_rms_norm(TensorView x, TensorView gain, float eps, TensorView out) = 0;
   virtual void do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate,
@@ -198,12 +222,15 @@ class Backend {
 };
 
 struct BackendOptions {
-  std::string device = "cpu";
-  int threads = 0;  // 0: all processors this process may use
-  std::string isa;  // "" picks the best; "generic" | "avx2" | "avx512"
+  std::string device = "cpu";  // "cpu" | "cuda" | "cuda:N" | "auto" (cuda where it can be used)
+  int threads = 0;             // 0: all processors this process may use
+  std::string isa;             // "" picks the best; "generic" | "avx2" | "avx512"
 };
 
 std::shared_ptr<Backend> make_backend(const BackendOptions& options);
+
+// What make_backend takes here, "cpu" first: "cuda" where this build has it and a device is there.
+std::vector<std::string> available_devices();
 
 // CPU instruction sets that this build has and this machine runs, slowest first.
 std::vector<std::string> available_isas();

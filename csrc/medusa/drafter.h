@@ -10,6 +10,8 @@
 
 namespace medusa {
 
+class Resident;
+
 // One sequence that wants a tree. Pointers are valid during the call only.
 struct DraftInput {
   int64_t request = 0;              // id that submit() returned
@@ -35,6 +37,11 @@ class Drafter {
                          const float* /*hidden*/) {}
   virtual void on_finish(int64_t /*request*/) {}
   virtual int max_nodes() const = 0;  // of any tree it makes, root included
+
+  // The static tree that draft_resident() fills on the device; null: drafting needs the host.
+  virtual const TreeSpec* resident_tree() const { return nullptr; }
+  // Part of a resident step, see medusa/resident.h: reads resident.hidden(), ends in fill_tree().
+  virtual void draft_resident(Resident& /*resident*/, int /*batch*/) {}
 };
 
 }  // namespace medusa

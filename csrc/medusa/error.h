@@ -32,6 +32,13 @@ class OutOfMemory : public std::bad_alloc {
   std::string message_;
 };
 
+// The device failed; often it stays so, and whatever used it must be closed. medusa_ext.CudaError
+// in Python.
+class CudaError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 // Our bug. medusa_ext.InternalError in Python.
 class InternalError : public std::logic_error {
  public:

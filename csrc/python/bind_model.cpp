@@ -83,8 +83,17 @@ void bind_backend(py::module_& m) {
            py::arg("isa") = options.isa, Release())
       .def_property_readonly("name", &Backend::name)
       .def_property_readonly("detail", &Backend::detail)
-      .def_property_readonly("threads", &Backend::threads);
+      .def_property_readonly("threads", &Backend::threads)
+      .def_property_readonly("max_tree_depth", &Backend::max_tree_depth)
+      .def(
+          "memory",
+          [](const Backend& backend) {
+            const Backend::Memory memory = backend.memory();
+            return std::make_pair(memory.free, memory.total);
+          },
+          Release());
   m.def("available_isas", &available_isas);
+  m.def("available_devices", &available_devices);
 }
 
 void bind_safetensors(py::module_& m) {

@@ -2,8 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <utility>
 
 #include "medusa/backend.h"
@@ -25,56 +27,87 @@ TensorView view_of(const Array<T>& array) {
   return borrow(array, std::nullopt, "array");
 }
 
-TensorView view_of(const std::optional<Floats>& array) {
-  return array ? view_of(*array) : TensorView();
-}
-
-// An op's f32 or bf16 activation. Python sees f32; bf16 is rounded to nearest even on the way in
-// and widened on the way out.
-class Activation32 {
+// A copy of an array in the backend's memory, in the element type that the op wants. Python sees
+// f32; 16-bit values are rounded to nearest even on the way in and widened on the way out.
+class Staged {
  public:
-  Activation32(const TensorView& shape, DType dtype) : view_(shape) {
+  // Memory for an op's output.
+  Staged(Backend& backend, const TensorView& shape, DType dtype) : backend_(backend), view_(shape) {
     view_.dtype = dtype;
-    bytes_.resize(static_cast<size_t>(view_.num_bytes()) / sizeof(float) + 1);
-    view_.data = bytes_.data();
+    memory_ = backend.allocate(std::max<int64_t>(view_.num_bytes(), 1));
+    view_.data = memory_->data();
   }
 
-  Activation32(const Floats& values, DType dtype) : Activation32(view_of(values), dtype) {
-    const float* source = values.data();
-    for (int64_t i = 0; i < view_.num_elements(); ++i) {
-      if (dtype == DType::f32) {
-        view_.as<float>()[i] = source[i];
-      } else {
-        view_.as<uint16_t>()[i] = round_bf16(source[i]);
-      }
+  Staged(Backend& backend, const TensorView& host)  // in the type it has
+      : Staged(backend, host, host.dtype) {
+    backend.upload(view_.data, host.data, host.num_bytes());
+  }
+
+  Staged(Backend& backend, const Floats& values, DType dtype)
+      : Staged(backend, view_of(values), dtype) {
+    if (dtype == DType::f32) {
+      backend.upload(view_.data, values.data(), view_.num_bytes());
+      return;
     }
+    if (dtype == DType::f16) {
+      const py::array half = values.attr("astype")("float16");
+      backend.upload(view_.data, half.data(), view_.num_bytes());
+      return;
+    }
+    std::vector<uint16_t> rounded(static_cast<size_t>(view_.num_elements()));
+    std::transform(values.data(), values.data() + rounded.size(), rounded.begin(), round_bf16);
+    backend.upload(view_.data, rounded.data(), view_.num_bytes());
   }
 
   const TensorView& view() const { return view_; }
 
   Floats values() const {
-    Floats out(std::vector<int64_t>(view_.shape.begin(), view_.shape.begin() + view_.rank));
-    for (int64_t i = 0; i < view_.num_elements(); ++i) {
-      if (view_.dtype == DType::f32) {
-        out.mutable_data()[i] = view_.as<float>()[i];
-      } else {
-        const uint32_t bits = uint32_t{view_.as<uint16_t>()[i]} << 16;
-        std::memcpy(out.mutable_data() + i, &bits, sizeof(bits));
-      }
+    Floats out(shape());
+    if (view_.dtype == DType::f32) {
+      backend_.download(out.mutable_data(), view_.data, view_.num_bytes());
+      return out;
     }
+    if (view_.dtype == DType::f16) {
+      py::array half(py::dtype("float16"), shape());
+      backend_.download(half.mutable_data(), view_.data, view_.num_bytes());
+      return half.attr("astype")("float32").cast<Floats>();
+    }
+    std::vector<uint16_t> narrow(static_cast<size_t>(view_.num_elements()));
+    backend_.download(narrow.data(), view_.data, view_.num_bytes());
+    std::transform(narrow.begin(), narrow.end(), out.mutable_data(),
+                   [](uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); });
+    return out;
+  }
+
+  Ints ints() const {
+    Ints out(shape());
+    backend_.download(out.mutable_data(), view_.data, view_.num_bytes());
     return out;
   }
 
  private:
+  std::vector<int64_t> shape() const {
+    return {view_.shape.begin(), view_.shape.begin() + view_.rank};
+  }
+
   static uint16_t round_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
+    const auto bits = std::bit_cast<uint32_t>(value);
     if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40u);
     return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
   }
 
+  Backend& backend_;
   TensorView view_;
-  std::vector<uint32_t> bytes_;
+  std::unique_ptr<Buffer> memory_;
+};
+
+// A view of an optional argument: null where it is absent.
+struct StagedOptional {
+  StagedOptional(Backend& backend, const std::optional<Floats>& values) {
+    if (values) staged.emplace(backend, *values, DType::f32);
+  }
+  TensorView view() const { return staged ? staged->view() : TensorView(); }
+  std::optional<Staged> staged;
 };
 
 std::unique_ptr<Weight> make_weight(Backend& backend, const TensorView& values, DType dtype) {
@@ -85,16 +118,17 @@ std::unique_ptr<Weight> make_weight(Backend& backend, const TensorView& values, 
 }
 
 Floats embed(Backend& backend, const TensorView& tokens, const Weight& weight, float scale) {
-  Activation32 out(TensorView(nullptr, DType::f32, tokens.size(0), weight.num_inputs()),
+  const Staged in(backend, tokens);
+  const Staged out(backend, TensorView(nullptr, DType::f32, tokens.size(0), weight.num_inputs()),
                    DType::f32);
-  backend.embed(tokens, weight, scale, out.view());
+  backend.embed(in.view(), weight, scale, out.view());
   return out.values();
 }
 
 struct TestCache {
-  KvCache cache;
-  std::vector<int32_t> page_table;
   std::shared_ptr<Backend> backend;
+  KvCache cache;
+  std::unique_ptr<Staged> page_table;
 };
 
 std::unique_ptr<TestCache> make_cache(std::shared_ptr<Backend> backend, int num_layers,
@@ -104,15 +138,15 @@ std::unique_ptr<TestCache> make_cache(std::shared_ptr<Backend> backend, int num_
   MEDUSA_CHECK_ARG(pages.rank == 2, "page_table is ", shape_string(pages),
                    "; wanted [sequences, max_pages]");
   auto test = std::make_unique<TestCache>();
-  test->page_table.assign(page_table.data(), page_table.data() + page_table.size());
   test->cache =
       backend->make_kv_cache({num_layers, num_kv_heads, head_dim, parse_dtype(dtype), num_pages});
-  test->cache.page_table = test->page_table.data();
+  test->page_table = std::make_unique<Staged>(*backend, pages);
+  test->cache.page_table = test->page_table->view().as<int32_t>();
   test->cache.num_sequences = static_cast<int>(pages.size(0));
   test->cache.max_pages = static_cast<int>(pages.size(1));
   // All bits set is a NaN in f32, f16 and bf16.
-  std::memset(test->cache.buffer->data(), 0xFF,
-              static_cast<size_t>(test->cache.buffer->num_bytes()));
+  const std::vector<uint8_t> ones(static_cast<size_t>(test->cache.buffer->num_bytes()), 0xFF);
+  backend->upload(test->cache.buffer->data(), ones.data(), test->cache.buffer->num_bytes());
   test->backend = std::move(backend);
   return test;
 }
@@ -125,37 +159,43 @@ std::pair<Floats, Floats> read_cache(const TestCache& test, int layer, int seque
   return {k, v};
 }
 
-// The rows of a step, held as arrays.
+// The rows of a step, as arrays in the backend's memory.
 struct RowArrays {
-  explicit RowArrays(const py::dict& fields)
-      : token(field<int32_t>(fields, "token")),
-        sequence(field<int32_t>(fields, "sequence")),
-        position(field<int32_t>(fields, "position")),
-        slot(field<int32_t>(fields, "slot")),
-        prefix_len(field<int32_t>(fields, "prefix_len")),
-        ancestors(field<uint64_t>(fields, "ancestors")) {
-    const py::ssize_t num_rows = token.size();
-    MEDUSA_CHECK_ARG(sequence.size() == num_rows && position.size() == num_rows &&
-                         slot.size() == num_rows && prefix_len.size() == num_rows &&
-                         ancestors.size() == num_rows * kAncestorWords,
-                     "rows: the arrays disagree with ", num_rows, " tokens");
-    rows = {static_cast<int>(num_rows),
-            token.data(),
-            sequence.data(),
-            position.data(),
-            slot.data(),
-            prefix_len.data(),
-            reinterpret_cast<const AncestorBits*>(ancestors.data())};
+  RowArrays(Backend& backend, const py::dict& fields)
+      : ancestors(backend, bits_of(fields)),
+        token(backend, field(fields, "token")),
+        sequence(backend, field(fields, "sequence")),
+        position(backend, field(fields, "position")),
+        slot(backend, field(fields, "slot")),
+        prefix_len(backend, field(fields, "prefix_len")) {
+    const int64_t num_rows = token.view().size(0);
+    MEDUSA_CHECK_ARG(
+        sequence.view().size(0) == num_rows && position.view().size(0) == num_rows &&
+            slot.view().size(0) == num_rows && prefix_len.view().size(0) == num_rows &&
+            ancestors.view().num_bytes() == num_rows * static_cast<int64_t>(sizeof(AncestorBits)),
+        "rows: the arrays disagree with ", num_rows, " tokens");
+    rows = {static_cast<int>(num_rows),         token.view().as<int32_t>(),
+            sequence.view().as<int32_t>(),      position.view().as<int32_t>(),
+            slot.view().as<int32_t>(),          prefix_len.view().as<int32_t>(),
+            ancestors.view().as<AncestorBits>()};
   }
 
-  template <class T>
-  static Array<T> field(const py::dict& fields, const char* name) {
+  static const py::handle item(const py::dict& fields, const char* name) {
     MEDUSA_CHECK_ARG(fields.contains(name), "rows: the array ", name, " is missing");
-    return fields[name].cast<Array<T>>();
+    return fields[name];
+  }
+  // The casts below may copy: what they return lives in `kept`.
+  TensorView field(const py::dict& fields, const char* name) {
+    kept.push_back(item(fields, name).cast<Ints>());
+    return borrow(kept.back(), std::nullopt, name);
+  }
+  TensorView bits_of(const py::dict& fields) {  // as pairs of i32
+    kept.push_back(item(fields, "ancestors").cast<Array<uint64_t>>());
+    return {const_cast<void*>(kept.back().data()), DType::i32, 2 * kept.back().size()};
   }
 
-  Ints token, sequence, position, slot, prefix_len;
-  Array<uint64_t> ancestors;
+  std::vector<py::array> kept;  // first: the initialisers fill it
+  Staged ancestors, token, sequence, position, slot, prefix_len;
   Rows rows;
 };
 
@@ -178,7 +218,7 @@ void bind_row_ops(py::class_<Ops>& ops) {
         const auto packed =
             make_weight(backend, borrow(weight, src_dtype, "weight"), parse_dtype(dtype));
         std::vector<int32_t> all(static_cast<size_t>(packed->num_outputs()));
-        for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);
+        std::iota(all.begin(), all.end(), 0);
         return embed(backend, {all.data(), DType::i32, packed->num_outputs()}, *packed, 1.0f);
       },
       py::arg("backend"), py::arg("weight"), py::arg("dtype"), py::arg("src_dtype") = py::none());
@@ -194,8 +234,9 @@ void bind_row_ops(py::class_<Ops>& ops) {
       "rms_norm",
       [](Backend& backend, const Floats& x, const Floats& gain, float eps,
          const std::string& out_dtype) {
-        const Activation32 out(view_of(x), parse_dtype(out_dtype));
-        backend.rms_norm(view_of(x), view_of(gain), eps, out.view());
+        const Staged in(backend, view_of(x)), gains(backend, view_of(gain));
+        const Staged out(backend, view_of(x), parse_dtype(out_dtype));
+        backend.rms_norm(in.view(), gains.view(), eps, out.view());
         return out.values();
       },
       py::arg("backend"), py::arg("x"), py::arg("gain"), py::arg("eps"), py::arg("out_dtype"));
@@ -204,11 +245,12 @@ void bind_row_ops(py::class_<Ops>& ops) {
       [](Backend& backend, const Floats& x, const Floats& weight, const std::string& dtype,
          const std::optional<Floats>& bias, const std::optional<Floats>& residual) {
         const auto packed = make_weight(backend, view_of(weight), parse_dtype(dtype));
-        const Activation32 in(x, backend.activation_dtype(packed->dtype()));
+        const Staged in(backend, x, backend.activation_dtype(packed->dtype()));
         const TensorView shape(nullptr, DType::f32, in.view().size(0), packed->num_outputs());
-        const Activation32 out =
-            residual ? Activation32(*residual, DType::f32) : Activation32(shape, DType::f32);
-        backend.linear(in.view(), *packed, view_of(bias), residual.has_value(), out.view());
+        const Staged out =
+            residual ? Staged(backend, view_of(*residual)) : Staged(backend, shape, DType::f32);
+        const StagedOptional biases(backend, bias);
+        backend.linear(in.view(), *packed, biases.view(), residual.has_value(), out.view());
         return out.values();
       },
       py::arg("backend"), py::arg("x"), py::arg("weight"), py::arg("dtype"),
@@ -217,42 +259,44 @@ void bind_row_ops(py::class_<Ops>& ops) {
       "gated_activation",
       [](Backend& backend, const Floats& gate_up, const std::string& activation,
          const std::string& out_dtype) {
-        const TensorView in = view_of(gate_up);
-        const Activation32 out(TensorView(nullptr, DType::f32, in.size(0), in.size(1) / 2),
-                               parse_dtype(out_dtype));
-        backend.gated_activation(in, parse_activation(activation), out.view());
+        const Staged in(backend, view_of(gate_up));
+        const TensorView shape(nullptr, DType::f32, in.view().size(0), in.view().size(1) / 2);
+        const Staged out(backend, shape, parse_dtype(out_dtype));
+        backend.gated_activation(in.view(), parse_activation(activation), out.view());
         return out.values();
       },
       py::arg("backend"), py::arg("gate_up"), py::arg("activation"), py::arg("out_dtype"));
   ops.def_static(
       "residual_silu",
       [](Backend& backend, const Floats& y, const Floats& u) {
-        const Activation32 sum(u, DType::f32);
-        const Activation32 copy(view_of(u), DType::f32);
-        backend.residual_silu(view_of(y), sum.view(), copy.view());
-        MEDUSA_CHECK_INTERNAL(std::memcmp(sum.view().data, copy.view().data,
+        const Staged in(backend, view_of(y)), sum(backend, view_of(u));
+        const Staged copy(backend, view_of(u), DType::f32);
+        backend.residual_silu(in.view(), sum.view(), copy.view());
+        const Floats values = sum.values();
+        MEDUSA_CHECK_INTERNAL(std::memcmp(values.data(), copy.values().data(),
                                           static_cast<size_t>(sum.view().num_bytes())) == 0,
                               "residual_silu: the copy differs from the sum");
-        return sum.values();
+        return values;
       },
       py::arg("backend"), py::arg("y"), py::arg("u"));
   ops.def_static(
       "gather_rows",
       [](Backend& backend, const Floats& x, const Ints& index, const std::string& out_dtype) {
-        const Activation32 out(TensorView(nullptr, DType::f32, index.size(), view_of(x).size(1)),
-                               parse_dtype(out_dtype));
-        backend.gather_rows(view_of(x), view_of(index), out.view());
+        const Staged in(backend, view_of(x)), from(backend, view_of(index));
+        const TensorView shape(nullptr, DType::f32, index.size(), in.view().size(1));
+        const Staged out(backend, shape, parse_dtype(out_dtype));
+        backend.gather_rows(in.view(), from.view(), out.view());
         return out.values();
       },
       py::arg("backend"), py::arg("x"), py::arg("index"), py::arg("out_dtype"));
   ops.def_static(
       "top_k",
       [](Backend& backend, const Floats& x, int k) {
-        const std::vector<int64_t> size{view_of(x).size(0), k};
-        Ints ids(size);
-        Floats values(size);
-        backend.top_k(view_of(x), view_of(ids), view_of(values));
-        return std::make_pair(ids, values);
+        const Staged in(backend, view_of(x));
+        const TensorView shape(nullptr, DType::f32, in.view().size(0), k);
+        const Staged ids(backend, shape, DType::i32), values(backend, shape, DType::f32);
+        backend.top_k(in.view(), ids.view(), values.view());
+        return std::make_pair(ids.ints(), values.values());
       },
       py::arg("backend"), py::arg("x"), py::arg("k"));
 }
@@ -262,13 +306,14 @@ void bind_attention_ops(py::class_<Ops>& ops) {
       "rope_table",
       [](Backend& backend, const Ints& positions, const Ints& prompt_len, const std::string& rope) {
         const RopeConfig config = RopeConfig::from_json(rope);
+        const Staged at(backend, view_of(positions)), lengths(backend, view_of(prompt_len));
         const Rows rows{.num_rows = static_cast<int>(positions.size()),
-                        .position = positions.data()};
-        const std::vector<int64_t> size{positions.size(),
-                                        static_cast<int64_t>(config.inv_freq.size())};
-        Floats cos(size), sin(size);
-        backend.rope_table(rows, config, view_of(prompt_len), view_of(cos), view_of(sin));
-        return std::make_pair(cos, sin);
+                        .position = at.view().as<int32_t>()};
+        const TensorView shape(nullptr, DType::f32, positions.size(),
+                               static_cast<int64_t>(config.inv_freq.size()));
+        const Staged cos(backend, shape, DType::f32), sin(backend, shape, DType::f32);
+        backend.rope_table(rows, config, lengths.view(), cos.view(), sin.view());
+        return std::make_pair(cos.values(), sin.values());
       },
       py::arg("backend"), py::arg("positions"), py::arg("prompt_len"), py::arg("rope"));
   ops.def_static(
@@ -276,18 +321,23 @@ void bind_attention_ops(py::class_<Ops>& ops) {
       [](Backend& backend, const Floats& qkv, const py::dict& rows, const Floats& cos,
          const Floats& sin, const std::optional<Floats>& q_gain,
          const std::optional<Floats>& k_gain, float eps, TestCache& test, int layer) {
-        const RowArrays arrays(rows);
+        const RowArrays arrays(backend, rows);
         const KvShape& shape = test.cache.shape;
         const int64_t num_heads =
             view_of(qkv).size(1) / shape.head_dim - int64_t{2} * shape.num_kv_heads;
         MEDUSA_CHECK_ARG(num_heads > 0, "rope_write: qkv is ", shape_string(view_of(qkv)),
                          "; wanted more columns than ", int64_t{2} * shape.num_kv_heads,
                          " heads of ", shape.head_dim);
-        const Activation32 q(
+        const Staged q(
+            backend,
             TensorView(nullptr, DType::f32, arrays.rows.num_rows, num_heads, shape.head_dim),
             query_dtype(backend, test));
-        backend.rope_write(view_of(qkv), arrays.rows, view_of(cos), view_of(sin), view_of(q_gain),
-                           view_of(k_gain), eps, test.cache, layer, q.view());
+        const Staged in(backend, view_of(qkv)), cosines(backend, view_of(cos)),
+            sines(backend, view_of(sin));
+        const StagedOptional q_gains(backend, q_gain), k_gains(backend, k_gain);
+        backend.prepare_rows(arrays.rows, test.cache);
+        backend.rope_write(in.view(), arrays.rows, cosines.view(), sines.view(), q_gains.view(),
+                           k_gains.view(), eps, test.cache, layer, q.view());
         return q.values();
       },
       py::arg("backend"), py::arg("qkv"), py::arg("rows"), py::arg("cos"), py::arg("sin"),
@@ -296,9 +346,10 @@ void bind_attention_ops(py::class_<Ops>& ops) {
       "tree_attention",
       [](Backend& backend, const Floats& q, const TestCache& test, int layer, const py::dict& rows,
          float scale, int window, const std::string& out_dtype) {
-        const RowArrays arrays(rows);
-        const Activation32 in(q, query_dtype(backend, test));
-        const Activation32 out(in.view(), parse_dtype(out_dtype));
+        const RowArrays arrays(backend, rows);
+        const Staged in(backend, q, query_dtype(backend, test));
+        const Staged out(backend, in.view(), parse_dtype(out_dtype));
+        backend.prepare_rows(arrays.rows, test.cache);
         backend.tree_attention(in.view(), test.cache, layer, arrays.rows, scale, window,
                                out.view());
         return out.values();
@@ -340,7 +391,8 @@ std::pair<std::vector<int>, std::vector<int32_t>> verify(
   history.push_back(tokens[0]);
   Accepted accepted;
   const VerifyItem item{&tree, 0, &sampling, history, eos_ids, max_tokens, &accepted};
-  backend.verify(view_of(logits), {&item, 1});
+  const Staged in(backend, view_of(logits));
+  backend.verify(in.view(), {&item, 1});
   return {accepted.path, accepted.tokens};
 }
 

@@ -59,6 +59,8 @@ PYBIND11_MODULE(_core, m) {
   m.attr("__version__") = MEDUSA_VERSION;
   py::register_exception<medusa::InternalError>(m, "InternalError", PyExc_RuntimeError)
       .attr("__module__") = "medusa_ext";
+  py::register_exception<medusa::CudaError>(m, "CudaError", PyExc_RuntimeError).attr("__module__") =
+      "medusa_ext";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);

@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 
 __version__: str
 
+class CudaError(RuntimeError): ...
 class InternalError(RuntimeError): ...
 
 class Backend:
     """A device and its threads.
 
+    device: "cpu", "cuda", "cuda:N", or "auto" for "cuda" where it can be used; threads and isa are
+    the CPU's.
     isa: "" picks the best, or what MEDUSA_CPU_ISA names; "generic", "avx2", "avx512".
     """
 
@@ -26,6 +29,14 @@ class Backend:
     def detail(self) -> str: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def max_tree_depth(self) -> int:
+        """Of a tree's nodes below the root; deeper trees are refused."""
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free now, and all that the device (or this process) may use."""
+
+def available_devices() -> list[str]:
+    """Names that Backend takes and that work here, "cpu" first."""
 
 def available_isas() -> list[str]:
     """Instruction sets that this build has and this machine runs, slowest first."""

@@ -15,12 +15,14 @@ from medusa_ext import _core
 from medusa_ext.answers import Answer, Stream, Submission, complete
 from medusa_ext.chat import Chat
 from medusa_ext.detokenize import DetokenizerFactory, Transformers
+from medusa_ext.device import AUTO_NODES, check_model, kind_of, open_device
 from medusa_ext.loading import load_checkpoint, open_checkpoint
-from medusa_ext.options import Options, choice, integer, parse_options, shown
+from medusa_ext.memory import Guesses, Limits, Sizes, check_memory
+from medusa_ext.options import DTYPES, Options, choice, integer, parse_options, shown
 from medusa_ext.prompts import PromptEncoder
 from medusa_ext.pump import Pump
 from medusa_ext.text_builder import TextBuilder
-from medusa_ext.trees import MAX_RANKS, Tree, resolve_tree
+from medusa_ext.trees import MAX_RANKS, Tree, is_auto, resolve_tree, tree_for
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,12 +31,6 @@ if TYPE_CHECKING:
 
 # A Result, or a list of them for a batch or several samples.
 Results: TypeAlias = Any
-
-# A CPU streams weights for up to 8 or so rows in the time of one and computes beyond: a step of 16
-# nodes takes up to twice that of one, and the best 15 guesses hold most of what 63 would accept.
-AUTO_NODES = 16
-
-ISAS = ("", "generic", "avx2", "avx512")
 
 
 class Engine:
@@ -53,6 +49,7 @@ class Engine:
         threads: int | None = None,
         cache_tokens: int | None = None,
         prefill_chunk: int = 512,
+        head_vocab: int | None = None,
         isa: str = "",
         drafter: _core.Drafter | None = None,
         local_files_only: bool = False,
@@ -64,10 +61,11 @@ class Engine:
                 "demo".
             heads: a directory or hub id of Medusa heads, "prompt-lookup", None for plain decoding,
                 or "auto": the heads that come with the model, else prompt lookup.
-            device: "auto" or "cpu".
+            device: "cpu", "cuda" or "cuda:N" for the GPU of that number, or "auto": "cuda" where
+                it can be used, unless threads or isa are given, which are the CPU's.
             dtype: of weights and cache: "auto" (as in the file), "bf16", "f16" or "f32".
-            tree: of guesses from Medusa heads: "auto", a name, a JSON file, a list (or array) of
-                paths, or a `TreeSpec`.
+            tree: of guesses from Medusa heads: "auto" (16 nodes on a CPU, 64 on a GPU), a name, a
+                JSON file, a list (or array) of paths, or a `TreeSpec`.
             max_batch: sequences that decode side by side; more requests wait.
             max_context: tokens of prompt and output together, at most the model's own; None: the
                 model's own.
@@ -75,48 +73,53 @@ class Engine:
             cache_tokens: tokens of all sequences that the cache holds; None: min(max_batch *
                 max_context, 16384). At most 2**30.
             prefill_chunk: tokens of a prompt that one step takes at most, up to 8192.
-            isa: instruction set of the kernels, "" for the best: "generic", "avx2" or "avx512".
+            head_vocab: rows to keep of each Medusa head's own lm_head, the most frequent tokens';
+                None: all. Fewer make a step faster and guess a little worse; never another output.
+            isa: instruction set of the CPU's kernels, "" for the best: "generic", "avx2" or
+                "avx512".
             drafter: your own `medusa_ext.Drafter`, instead of heads.
             local_files_only: never ask the network for a hub id.
 
         Raises:
             ValueError: an argument is impossible, or the model cannot be loaded; nothing stays.
-            NotImplementedError: the device is one that this build has no backend for.
+            NotImplementedError: this build has no backend for the device, or the device's kernels
+                do not compute this model.
+            MemoryError: the device has less memory than this takes; says what would fit.
+            medusa_ext.CudaError: the GPU cannot be used.
         """
         self._pump: Pump | None = None
-        if device == "cuda":
-            raise NotImplementedError(
-                'device "cuda": this build has no CUDA backend; use device="cpu"'
-            )
-        choice("device", device, ("auto", "cpu"))
-        choice("dtype", dtype, ("auto", "bf16", "f16", "f32"))
-        choice("isa", isa, ISAS)
-        session_options = {
-            "max_batch": integer("max_batch", max_batch, 1, 1024),
-            "cache_tokens": (
-                0 if cache_tokens is None else integer("cache_tokens", cache_tokens, 1, 2**30)
-            ),
-            "prefill_chunk": integer("prefill_chunk", prefill_chunk, 1, 8192),
-        }
-        if max_context is not None:  # the upper bound is known below, the type must be right now
-            integer("max_context", max_context, 2)
-        num_threads = 0 if threads is None else integer("threads", threads, 1, 1024)
+        choice("dtype", dtype, DTYPES)
+        limits = Limits(max_batch, max_context, cache_tokens, prefill_chunk)
+        if head_vocab is not None:
+            integer("head_vocab", head_vocab, 1)
         if drafter is not None:
             if not isinstance(drafter, _core.Drafter):
                 raise ValueError(f"drafter must be a medusa_ext.Drafter, got {shown(drafter)}")
             if heads is not None and not (isinstance(heads, str) and heads == "auto"):
                 raise ValueError(f"give heads or a drafter, not both; got heads={shown(heads)}")
             heads = None
-        if not _is_auto(tree):
+        if not is_auto(tree):
             resolve_tree(tree, MAX_RANKS)  # before any file is read; its depth is checked below
 
-        backend = _core.Backend("cpu", threads=num_threads, isa=isa)
-        checkpoint = open_checkpoint(model, heads, local_files_only=local_files_only)
+        backend = open_device(device, threads=threads, isa=isa)
+        checkpoint = open_checkpoint(
+            model, heads, head_vocab=head_vocab, local_files_only=local_files_only
+        )
         # What depends on the model's configuration, before the weights are read.
-        self._tree = _tree_for(checkpoint.config, tree)
-        if max_context is not None:
-            limit = checkpoint.config["max_context"]
-            session_options["max_context"] = integer("max_context", max_context, 2, limit)
+        kind = kind_of(backend.name)
+        check_model(checkpoint.config, checkpoint.dtype(dtype), kind)
+        self._tree = tree_for(checkpoint.config, tree, AUTO_NODES[kind])
+        if self._tree is not None and self._tree.depth > backend.max_tree_depth:
+            raise ValueError(
+                f"the tree has depth {self._tree.depth}; {backend.name} computes trees of depth "
+                f"{backend.max_tree_depth} or less"
+            )
+        if self._tree is None and drafter is None and heads is not None:
+            drafter = _core.prompt_lookup_drafter()
+        limits = limits.within(checkpoint.config["max_context"])
+        guesses = Guesses.of(self._tree, drafter)
+        check_memory(Sizes(checkpoint, kind, checkpoint.dtype(dtype), limits, guesses), backend)
+
         loaded = load_checkpoint(checkpoint, dtype=dtype, backend=backend)
         self._model = loaded.model
         self._config = loaded.config
@@ -127,22 +130,23 @@ class Engine:
             loaded.tokenizer, loaded.chat_template, self._config["vocab_size"]
         )
         self._detokenizers = DetokenizerFactory(loaded.tokenizer)
-        self._drafter, self._drafter_name = self._make_drafter(heads, drafter)
-        self._session = _core.Session(self._model, self._drafter, **session_options)
+        self._drafter = drafter
+        self._drafter_name = "none" if drafter is None else type(drafter).__name__
+        if self._tree is not None:
+            self._drafter = _core.medusa_drafter(self._model, self._tree)
+            self._drafter_name = f"{self._config['heads']['num_heads']} Medusa heads"
+        elif heads is not None:
+            self._drafter_name = "prompt lookup"
+        self._session = _core.Session(
+            self._model,
+            self._drafter,
+            max_batch=limits.max_batch,
+            max_context=limits.context,
+            cache_tokens=limits.tokens,
+            prefill_chunk=limits.prefill_chunk,
+        )
         self._pid = os.getpid()
         self._pump = Pump(self._session)
-
-    def _make_drafter(
-        self, heads: object, drafter: _core.Drafter | None
-    ) -> tuple[_core.Drafter | None, str]:
-        if self._tree is not None:
-            num_heads = self._config["heads"]["num_heads"]
-            return _core.medusa_drafter(self._model, self._tree), f"{num_heads} Medusa heads"
-        if drafter is not None:
-            return drafter, type(drafter).__name__
-        if heads is None:
-            return None, "none"
-        return _core.prompt_lookup_drafter(), "prompt lookup"
 
     def generate(self, prompt: object, **options: Unpack[GenerateOptions]) -> Results:
         """Complete one prompt or a batch of prompts.
@@ -365,25 +369,3 @@ class Engine:
             f"Engine({self._name!r}, drafter={self._drafter_name!r}, dtype={self._model.dtype!r},"
             f" max_context={self._session.max_context}, backend={self._model.backend.detail!r})"
         )
-
-
-def _is_auto(tree: object) -> bool:
-    return isinstance(tree, str) and tree == "auto"  # an array would compare element by element
-
-
-def _tree_for(config: Mapping[str, Any], tree: Tree) -> _core.TreeSpec | None:
-    """Return the tree for the model's Medusa heads, None where there are none.
-
-    Raises:
-        ValueError: the tree does not fit the heads, or there are no heads for it.
-    """
-    heads = config["heads"]
-    if heads["num_heads"]:
-        return resolve_tree(
-            tree, heads["num_heads"], vocab_size=heads["head_vocab"], max_nodes=AUTO_NODES
-        )
-    if not _is_auto(tree):
-        raise ValueError(
-            f"tree {shown(tree)} needs Medusa heads, and there are none; leave tree out"
-        )
-    return None

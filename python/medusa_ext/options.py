@@ -14,6 +14,7 @@ import numpy as np
 from medusa_ext import _core
 
 DEFAULT_MAX_NEW_TOKENS = 256
+DTYPES = ("auto", "bf16", "f16", "f32")
 
 # What users of other engines type, where the nearest spelling would not find it.
 _OTHER_NAMES = {

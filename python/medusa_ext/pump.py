@@ -59,6 +59,7 @@ class Pump:
         self._inbox: deque[list[_core.Event]] = deque()
         self._waiting: dict[int, Ticket] = {}  # unfinished requests
         self._closed = False
+        self._closed_by = ""  # why, where it was not close()
 
     def submit(self, submissions: Iterable[Callable[[], int]]) -> Ticket:
         """Start requests by calls of Session.submit; if one fails, cancel those before it.
@@ -138,7 +139,12 @@ class Pump:
         try:
             with self._driving:
                 self._check_open()
-                work()
+                try:
+                    work()
+                except _core.CudaError as error:
+                    with self._lock:
+                        self._give_up(error)
+                    raise
                 self._retire()
         finally:
             self._wake_all()
@@ -146,9 +152,9 @@ class Pump:
     def close(self) -> None:
         """End all requests with an error, wait for a running step, let go of the session."""
         with self._lock:
-            if self._closed:
+            if self._closed and not self._closed_by:
                 return
-            self._closed = True
+            self._closed, self._closed_by = True, ""
             self._fail(RuntimeError("the engine was closed while this text was being made"))
         if self._stepper == threading.get_ident():  # a drafter closes the engine that runs it
             del self._session
@@ -162,11 +168,12 @@ class Pump:
             # One call that both steps and stores: no ^C can fall between the two and lose events.
             self._inbox.extend(starmap(self._session.step, ((),)))
         except Exception as error:
-            failure = RuntimeError(f"decoding failed in another thread: {error}")
-            failure.__cause__ = error
             with self._lock:
                 self._hand_out()
-                self._fail(failure)
+                if isinstance(error, _core.CudaError):
+                    self._give_up(error)
+                else:
+                    self._fail(_elsewhere(error))
             raise
         finally:
             self._stepper = None
@@ -206,6 +213,11 @@ class Pump:
             for ticket in list(self._waiting.values()):
                 ticket.ring()
 
+    def _give_up(self, error: _core.CudaError) -> None:
+        """Close: from now on the state of the device is unknown. Memory goes with close()."""
+        self._closed, self._closed_by = True, f", the device failed: {error}"
+        self._fail(_elsewhere(error))
+
     def _fail(self, error: Exception) -> None:
         for request, ticket in list(self._waiting.items()):
             ticket.error = error
@@ -215,8 +227,15 @@ class Pump:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("this engine is closed; make a new one")
+            raise RuntimeError(f"this engine is closed{self._closed_by}; make a new one")
 
     def _check_caller(self) -> None:
         if self._stepper == threading.get_ident():
             raise RuntimeError("a drafter cannot use the engine that runs it")
+
+
+def _elsewhere(error: Exception) -> RuntimeError:
+    """What the threads get that were not the one that met it."""
+    failure = RuntimeError(f"decoding failed in another thread: {error}")
+    failure.__cause__ = error
+    return failure

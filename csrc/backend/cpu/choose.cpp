@@ -267,6 +267,7 @@ int32_t choose_token(const float* logits, int64_t vocab, const SamplingParams& s
   NoisyBest best;
   if (filter(z.data(), vocab, max_score, sampling, scratch)) {
     for (const int32_t id : scratch.ids) {
+      if (std::isnan(z[static_cast<size_t>(id)])) continue;  // kept only for want of others
       const uint32_t word =
           noise_word(sampling.seed, sampling.sample_index, position, static_cast<uint32_t>(id));
       best.offer(z[static_cast<size_t>(id)] + gumbel_from_bits(word), id);

@@ -6,6 +6,7 @@
 
 #include "backend/cpu/choose.h"
 #include "backend/cpu/isa.h"
+#include "backend/cpu/limits.h"
 #include "backend/cpu/memory.h"
 #include "medusa/error.h"
 
@@ -26,8 +27,18 @@ std::string CpuBackend::detail() const {
   return concat(kernels_.name, ", ", count, count == 1 ? " thread" : " threads");
 }
 
+Backend::Memory CpuBackend::memory() const { return {free_memory(), usable_memory()}; }
+
 std::unique_ptr<Buffer> CpuBackend::do_allocate(int64_t num_bytes) {
   return map_memory(num_bytes, false);
+}
+
+void CpuBackend::do_upload(void* dst, const void* src, int64_t num_bytes) {
+  std::memcpy(dst, src, static_cast<size_t>(num_bytes));
+}
+
+void CpuBackend::do_download(void* dst, const void* src, int64_t num_bytes) {
+  std::memcpy(dst, src, static_cast<size_t>(num_bytes));
 }
 
 void CpuBackend::do_rms_norm(TensorView x, TensorView gain, float eps, TensorView out) {
@@ -96,16 +107,3 @@ void CpuBackend::do_verify(TensorView logits, std::span<const VerifyItem> items)
 }
 
 }  // namespace medusa::cpu
-
-namespace medusa {
-
-std::shared_ptr<Backend> make_backend(const BackendOptions& options) {
-  if (options.device != "cpu" && options.device != "auto") {
-    throw UnsupportedError(concat("device is \"", options.device, "\"; this build has: cpu"));
-  }
-  return std::make_shared<cpu::CpuBackend>(options.threads, options.isa);
-}
-
-std::vector<std::string> available_isas() { return cpu::available_isas(); }
-
-}  // namespace medusa

@@ -21,14 +21,18 @@ class CpuBackend final : public Backend {
   std::string detail() const override;
   void synchronize() override {}  // every op has finished when it returns
   int threads() const override { return pool_.num_threads(); }
+  Memory memory() const override;
 
  protected:
   std::unique_ptr<Buffer> do_allocate(int64_t num_bytes) override;
   std::unique_ptr<Weight> do_make_weight(int64_t num_outputs, int64_t num_inputs,
                                          DType dtype) override;
   void do_pack(Weight& weight, int64_t first_output, TensorView src) override;
+  void do_upload(void* dst, const void* src, int64_t num_bytes) override;
+  void do_download(void* dst, const void* src, int64_t num_bytes) override;
 
  private:
+  void do_prepare_rows(const Rows& /*rows*/, const KvCache& /*cache*/) override {}
   void do_embed(TensorView tokens, const Weight& weight, float scale, TensorView out) override;
   void do_rms_norm(TensorView x, TensorView gain, float eps, TensorView out) override;
   void do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate,

@@ -29,10 +29,11 @@ app.command()(export)
 
 @app.command()
 def version() -> None:
-    """Print the version, and the instruction sets that this machine runs."""
+    """Print the version, the devices that can be used, and the CPU's instruction sets."""
     from medusa_ext import _core
 
-    print(f"medusa-ext {_core.__version__} (cpu: {', '.join(_core.available_isas())})")
+    devices, isas = _core.available_devices(), _core.available_isas()
+    print(f"medusa-ext {_core.__version__} ({', '.join(devices)}; cpu: {', '.join(isas)})")
 
 
 def _version_flag(given: bool) -> None:

@@ -35,6 +35,7 @@ def chat(
     max_context: common.MaxContext = None,
     cache_tokens: common.CacheTokens = None,
     prefill_chunk: common.PrefillChunk = 512,
+    head_vocab: common.HeadVocab = None,
     isa: common.Isa = "",
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
@@ -64,6 +65,7 @@ def chat(
         max_context=max_context,
         cache_tokens=cache_tokens,
         prefill_chunk=prefill_chunk,
+        head_vocab=head_vocab,
         isa=isa,
         local_files_only=local_files_only,
         max_batch=1,

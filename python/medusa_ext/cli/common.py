@@ -26,7 +26,12 @@ Heads = Annotated[
 ]
 Tree = Annotated[str, typer.Option(help="Name of a tree, a .json file of paths, or auto.")]
 DType = Annotated[str, typer.Option(help="auto, bf16, f16 or f32.")]
-Device = Annotated[str, typer.Option(help="auto or cpu.")]
+Device = Annotated[str, typer.Option(help="auto (cuda where it can be used), cpu, cuda, cuda:N.")]
+MaxBatch = Annotated[int, typer.Option(help="Texts made side by side.")]
+HeadVocab = Annotated[
+    int | None,
+    typer.Option(help="Keep this many rows of each head's lm_head, the most frequent tokens'."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")]
 CacheTokens = Annotated[
     int | None,
@@ -69,6 +74,7 @@ def make_engine(
     max_context: int | None,
     cache_tokens: int | None,
     prefill_chunk: int,
+    head_vocab: int | None,
     isa: str,
     local_files_only: bool,
     max_batch: int = 8,
@@ -88,6 +94,7 @@ def make_engine(
         max_batch=max_batch,
         cache_tokens=cache_tokens,
         prefill_chunk=prefill_chunk,
+        head_vocab=head_vocab,
         isa=isa,
         local_files_only=local_files_only,
     )

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_ext.cli import common
+from medusa_ext.memory import mebibytes
 
 if TYPE_CHECKING:
     from medusa_ext.loading import Inspection
+    from medusa_ext.memory import Forecast
 
 
 def inspect(
@@ -20,19 +22,36 @@ def inspect(
         str, typer.Argument(help="Directory, .gguf file, exported file, hub id, or demo.")
     ],
     heads: common.Heads = "auto",
+    tree: common.Tree = "auto",
+    dtype: common.DType = "auto",
+    device: common.Device = "auto",
+    max_batch: common.MaxBatch = 8,
+    max_context: common.MaxContext = None,
+    cache_tokens: common.CacheTokens = None,
+    prefill_chunk: common.PrefillChunk = 512,
+    head_vocab: common.HeadVocab = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
     """Show what would be loaded, and the memory that it would take; reads no weights."""
     common.quiet_libraries()
     from medusa_ext import loading
+    from medusa_ext.memory import Limits, forecast
+    from medusa_ext.options import DTYPES, choice
 
-    found = loading.inspect(path, common.heads_argument(heads), local_files_only=local_files_only)
+    choice("dtype", dtype, DTYPES)
+    limits = Limits(max_batch, max_context, cache_tokens, prefill_chunk)
+    own = common.heads_argument(heads)
+    checkpoint = loading.open_checkpoint(
+        path, own, head_vocab=head_vocab, local_files_only=local_files_only
+    )
+    found = loading.describe(checkpoint, dtype)
+    memory = forecast(checkpoint, device, dtype, limits, tree=tree, guesses=own is not None)
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps({**found.to_dict(), "memory": memory.to_dict()}))
     else:
         console = Console()
-        console.print(_table(found), width=None if console.is_terminal else 200)
+        console.print(_table(found, memory), width=None if console.is_terminal else 200)
 
 
 def export(
@@ -45,6 +64,7 @@ def export(
             metavar="[HEADS] OUT", help="Heads, if any, and the .safetensors file to write."
         ),
     ],
+    head_vocab: common.HeadVocab = None,
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
     """Write a model and its heads as the one file that C++ programs read."""
@@ -54,11 +74,13 @@ def export(
     from medusa_ext import loading
 
     heads = common.heads_argument(paths[0]) if len(paths) == 2 else "auto"
-    written = loading.export(model, heads, paths[-1], local_files_only=local_files_only)
-    print(f"{written} ({_mebibytes(written.stat().st_size)})")
+    written = loading.export(
+        model, heads, paths[-1], head_vocab=head_vocab, local_files_only=local_files_only
+    )
+    print(f"{written} ({mebibytes(written.stat().st_size)})")
 
 
-def _table(found: Inspection) -> Table:
+def _table(found: Inspection, memory: Forecast) -> Table:
     heads = "none"
     if found.heads is not None:
         projection = (
@@ -70,7 +92,7 @@ def _table(found: Inspection) -> Table:
             f"{found.heads.num_heads} of {found.heads.num_layers} layers,"
             f" format {found.heads.format}, projections: {projection}"
         )
-    stored = ", ".join(f"{name} {_mebibytes(size)}" for name, size in found.stored_types.items())
+    stored = ", ".join(f"{name} {mebibytes(size)}" for name, size in found.stored_types.items())
     rows = {
         "path": found.path,
         "format": found.format,
@@ -85,8 +107,8 @@ def _table(found: Inspection) -> Table:
         "stored as": stored,
         "loaded as": found.dtype,
         "Medusa heads": heads,
-        "memory for weights": _mebibytes(found.weight_bytes),
-        "cache per 1,000 tokens": _mebibytes(found.cache_bytes_per_1000_tokens),
+        "cache per 1,000 tokens": mebibytes(found.cache_bytes_per_1000_tokens),
+        **_memory_rows(memory),
     }
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -96,5 +118,21 @@ def _table(found: Inspection) -> Table:
     return table
 
 
-def _mebibytes(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"
+def _memory_rows(memory: Forecast) -> dict[str, str]:
+    plan = memory.plan
+    rows = {
+        "memory for weights": mebibytes(plan.weights),
+        "memory for Medusa heads": mebibytes(plan.heads) if plan.heads else "",
+        f"memory for {memory.cache_tokens:,} tokens in the cache": mebibytes(plan.cache),
+        "memory for a pass of the model": mebibytes(plan.workspace),
+        "memory for kernels": f"up to {mebibytes(plan.kernels)}" if plan.kernels else "",
+        f"memory together, on {memory.device}": mebibytes(plan.total),
+    }
+    rows = {name: value for name, value in rows.items() if value}
+    if memory.free is None or memory.device_total is None:
+        rows["memory free"] = f"unknown, no such device is present here: {memory.absent}"
+        return rows
+    free, total = mebibytes(memory.free), mebibytes(memory.device_total)
+    rows["memory free"] = f"{free} of {total}, {memory.detail}"
+    rows["fits"] = "yes" if memory.advice is None else f"no; {memory.advice}"
+    return rows

@@ -50,10 +50,11 @@ def generate(
     dtype: common.DType = "auto",
     device: common.Device = "auto",
     threads: common.Threads = None,
-    max_batch: Annotated[int, typer.Option(help="Texts made side by side.")] = 8,
+    max_batch: common.MaxBatch = 8,
     max_context: common.MaxContext = None,
     cache_tokens: common.CacheTokens = None,
     prefill_chunk: common.PrefillChunk = 512,
+    head_vocab: common.HeadVocab = None,
     isa: common.Isa = "",
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
@@ -90,6 +91,7 @@ def generate(
         max_batch=max_batch,
         cache_tokens=cache_tokens,
         prefill_chunk=prefill_chunk,
+        head_vocab=head_vocab,
         isa=isa,
         local_files_only=local_files_only,
     )

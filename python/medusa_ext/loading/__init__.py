@@ -7,8 +7,9 @@ from medusa_ext.loading.checkpoint import Checkpoint, open_checkpoint
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.exporting import export
 from medusa_ext.loading.heads import HeadsInfo
-from medusa_ext.loading.inspection import Inspection, inspect
+from medusa_ext.loading.inspection import Inspection, describe, inspect
 from medusa_ext.loading.load import LoadedModel, load_checkpoint, load_model
+from medusa_ext.loading.plan import weight_bytes
 from medusa_ext.loading.source import Source, resolve
 
 __all__ = [
@@ -18,10 +19,12 @@ __all__ = [
     "LoadError",
     "LoadedModel",
     "Source",
+    "describe",
     "export",
     "inspect",
     "load_checkpoint",
     "load_model",
     "open_checkpoint",
     "resolve",
+    "weight_bytes",
 ]

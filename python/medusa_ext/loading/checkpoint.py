@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from medusa_ext.loading import hf, tokenizer
@@ -10,6 +11,7 @@ from medusa_ext.loading.config import NO_HEADS, Config, from_hf, read_json
 from medusa_ext.loading.config import eos_ids as config_eos_ids
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.files import FLOAT_BYTES, SafetensorsTensors
+from medusa_ext.loading.head_rows import keep_frequent
 from medusa_ext.loading.heads import Heads, HeadsInfo, heads_inside, open_heads
 from medusa_ext.loading.plan import Entry, TensorSet, base_shapes, head_shapes, majority_dtype
 from medusa_ext.loading.source import Source, resolve
@@ -30,6 +32,7 @@ class Checkpoint:
     gguf: Any = None  # the open GgufFile, whose metadata holds the tokenizer
     metadata: dict[str, str] | None = None  # of the one-file form
 
+    @cached_property
     def tokenizer(self) -> Any:  # noqa: ANN401 - a transformers tokenizer
         """The tokenizer, or None where the checkpoint has none."""
         if self.gguf is not None:
@@ -40,7 +43,8 @@ class Checkpoint:
             return tokenizer.from_metadata(self.metadata, str(self.source.path))
         return tokenizer.from_directory(self.source.path)
 
-    def eos_ids(self, loaded_tokenizer: Any) -> list[int]:  # noqa: ANN401
+    @cached_property
+    def eos_ids(self) -> list[int]:
         """End-of-sequence ids, most trusted source first."""
         vocab_size = self.config["vocab_size"]
         if self.gguf is not None:
@@ -53,12 +57,25 @@ class Checkpoint:
             except json.JSONDecodeError:
                 ids = "damaged"
             return config_eos_ids(ids, vocab_size, f"{self.source.path}: medusa_ext.eos_ids")
-        return hf.read_eos_ids(self.source.path, self.raw, loaded_tokenizer, vocab_size)
+        return hf.read_eos_ids(self.source.path, self.raw, self.tokenizer, vocab_size)
+
+    def dtype(self, wanted: str) -> str:
+        """The type of weights and cache in memory; "auto" is the stored one."""
+        return self.stored_dtype if wanted == "auto" else wanted
+
+    def special_ids(self) -> set[int]:
+        """Special and added tokens, end of sequence included."""
+        ids = {*self.eos_ids}
+        if self.tokenizer is not None:
+            ids |= {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return ids
 
 
 def open_checkpoint(
     model: str | os.PathLike[str] | Source,
     heads: str | os.PathLike[str] | None = "auto",
+    *,
+    head_vocab: int | None = None,
     **hub: Any,  # noqa: ANN401 - options of resolve
 ) -> Checkpoint:
     """Find a model and its heads and check every tensor's name, shape and type.
@@ -67,6 +84,7 @@ def open_checkpoint(
         model: what `resolve` takes, or its result.
         heads: None, "auto" (those that come with the model, if any), a directory or hub id;
             "prompt-lookup" needs none either.
+        head_vocab: rows to keep of each head's own lm_head, the most frequent tokens'; None: all.
         **hub: local_files_only, cache_dir and revision of `resolve`.
 
     Raises:
@@ -87,6 +105,14 @@ def open_checkpoint(
                 f'heads {found.given} is a file; give a directory, a hub id, "auto" or None'
             )
         own = open_heads(found.path, opened.config)
+    if head_vocab is not None:
+        if own is None:
+            raise LoadError(
+                f"head_vocab {head_vocab} needs Medusa heads, and there are none; leave head_vocab "
+                "out"
+            )
+        vocab_size = opened.config["vocab_size"]
+        own = keep_frequent(own, head_vocab, vocab_size, opened.special_ids())
     if own is not None:
         opened.config["heads"] = own.config
         opened.entries.extend(own.entries)

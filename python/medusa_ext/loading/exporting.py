@@ -24,6 +24,8 @@ def export(
     model: str | os.PathLike[str] | Source,
     heads: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
+    *,
+    head_vocab: int | None = None,
     **hub: object,
 ) -> Path:
     """Write a model, its heads and its tokenizer as one file.
@@ -36,6 +38,7 @@ def export(
         model: what `load_model` takes.
         heads: what `load_model` takes.
         out: the file to write, ending in .safetensors; an existing file is replaced.
+        head_vocab: what `load_model` takes.
         **hub: local_files_only, cache_dir and revision of `resolve`.
 
     Returns:
@@ -49,7 +52,7 @@ def export(
         raise LoadError(f"cannot export to {path}; wanted a file name ending in .safetensors")
     if path.is_dir() or not path.parent.is_dir():
         raise LoadError(f"cannot export to {path}; wanted a file in an existing directory")
-    checkpoint = open_checkpoint(model, heads, **hub)
+    checkpoint = open_checkpoint(model, heads, head_vocab=head_vocab, **hub)
     metadata = _metadata(checkpoint)
     try:
         descriptor, name = tempfile.mkstemp(
@@ -70,12 +73,12 @@ def export(
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    tokenizer = checkpoint.tokenizer()
+    tokenizer = checkpoint.tokenizer
     return {
         "medusa_ext.format": FORMAT,
         "medusa_ext.config": to_json(checkpoint.config),
         "medusa_ext.dtype": checkpoint.stored_dtype,
-        "medusa_ext.eos_ids": json.dumps(checkpoint.eos_ids(tokenizer)),
+        "medusa_ext.eos_ids": json.dumps(checkpoint.eos_ids),
         **(to_metadata(tokenizer) if tokenizer is not None else {}),
     }
 

@@ -241,11 +241,12 @@ def _ask_torch(path: Path, rewritten: int | None) -> dict[str, Any]:
         OSError: no process can be started.
     """
     target = "" if rewritten is None else f"/proc/self/fd/{rewritten}"
+    answer: Any
     if sys.modules.get("torch") is not None:  # its memory is taken already
         answer = pickle_index.answer(str(path), target)
         if isinstance(answer, str):
             raise LoadError(answer)
-        return answer
+        return dict(answer)
     # Isolated, and without relative folders: nothing is imported from the working directory.
     folders = [name for name in sys.path if isinstance(name, str) and Path(name).is_absolute()]
     done = subprocess.run(

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from medusa_ext.loading.files import (
     TensorFile,
 )
 from medusa_ext.loading.hf import HEAD_PREFIXES, has_weights, open_weights
-from medusa_ext.loading.plan import Convert, Entry, TensorSet
+from medusa_ext.loading.plan import Entry, TensorSet, chosen_rows
 
 _FILES: list[tuple[str, Callable[[Path], TensorFile], str]] = [
     ("medusa_lm_head.safetensors", SafetensorsTensors, "B"),
@@ -276,7 +275,7 @@ def _open_vllm(tensors: TensorSet, raw: Config, base: Config, path: Path) -> Hea
         name = f"heads.{head}.lm_head.weight"
         whole = tensors.entry(name, (stored_rows, reader.hidden), key)
         if stored_rows > rows and token_map is not None:
-            whole = Entry(name, (rows, reader.hidden), whole.file, key, _chosen_rows(token_map))
+            whole = Entry(name, (rows, reader.hidden), whole.file, key, chosen_rows(token_map))
         elif stored_rows != rows:
             raise LoadError(
                 f"{whole.file.path}: tensor {key} has {stored_rows} rows, token_map has {rows}"
@@ -289,14 +288,6 @@ def _open_vllm(tensors: TensorSet, raw: Config, base: Config, path: Path) -> Hea
         )
         entries.append(Entry("heads.token_map", (rows,), ids, "token_map"))
     return reader.finish("E", entries, False, rows)
-
-
-def _chosen_rows(ids: NDArray[np.int32]) -> Convert:
-    def convert(array: NDArray[Any]) -> NDArray[Any]:
-        chosen: NDArray[Any] = array[ids]
-        return chosen
-
-    return convert
 
 
 def _token_map(reader: _Reader) -> NDArray[np.int32] | None:

@@ -4,10 +4,10 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from medusa_ext.loading.checkpoint import open_checkpoint
+from medusa_ext.loading.checkpoint import Checkpoint, open_checkpoint
 from medusa_ext.loading.files import FLOAT_BYTES
 from medusa_ext.loading.heads import HeadsInfo
-from medusa_ext.loading.plan import count
+from medusa_ext.loading.plan import count, weight_bytes
 from medusa_ext.loading.source import Source
 
 
@@ -19,7 +19,7 @@ class Inspection:
     format: str  # "Hugging Face directory", "GGUF" or "medusa_ext export"
     family: str
     stored_types: dict[str, int]  # type in the file -> bytes
-    dtype: str  # in memory, with dtype="auto"
+    dtype: str  # in memory
     num_parameters: int  # without heads
     num_layers: int
     hidden_size: int
@@ -46,6 +46,8 @@ class Inspection:
 def inspect(
     path: str | os.PathLike[str] | Source,
     heads: str | os.PathLike[str] | None = "auto",
+    *,
+    head_vocab: int | None = None,
     **hub: Any,  # noqa: ANN401 - options of resolve
 ) -> Inspection:
     """Describe what `load_model` would load; no weight is read.
@@ -53,22 +55,23 @@ def inspect(
     Args:
         path: what `load_model` takes.
         heads: what `load_model` takes.
+        head_vocab: what `load_model` takes.
         **hub: local_files_only, cache_dir and revision of `resolve`.
 
     Raises:
         LoadError: whatever `load_model` would refuse before it reads weights.
     """
-    checkpoint = open_checkpoint(path, heads, **hub)
-    config, dtype = checkpoint.config, checkpoint.stored_dtype
+    return describe(open_checkpoint(path, heads, head_vocab=head_vocab, **hub))
+
+
+def describe(checkpoint: Checkpoint, dtype: str = "auto") -> Inspection:
+    """Describe what `load_checkpoint` would load."""
+    config, dtype = checkpoint.config, checkpoint.dtype(dtype)
     stored: dict[str, int] = {}
     sizes = {True: 0, False: 0}  # elements, by "is part of the heads"
-    weight_bytes = 0
     for entry in checkpoint.entries:
-        size = count(entry.shape)
         stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.file.num_bytes(entry.key)
-        sizes[entry.name.startswith("heads.")] += size
-        # Gains, biases and token maps stay 4 bytes wide.
-        weight_bytes += size * (FLOAT_BYTES[dtype] if len(entry.shape) == 2 else 4)
+        sizes[entry.name.startswith("heads.")] += count(entry.shape)
     row = config["num_kv_heads"] * config["head_dim"] * FLOAT_BYTES[dtype]
     kinds = {"directory": "Hugging Face directory", "gguf": "GGUF", "export": "medusa_ext export"}
     return Inspection(
@@ -79,7 +82,7 @@ def inspect(
         num_parameters=sizes[False],
         heads=checkpoint.heads_info,
         num_head_parameters=sizes[True],
-        weight_bytes=weight_bytes,
+        weight_bytes=sum(weight_bytes(checkpoint.entries, dtype)),
         cache_bytes_per_1000_tokens=1000 * 2 * config["num_layers"] * row,
         **{
             key: config[key]

@@ -32,6 +32,7 @@ def load_model(
     model: str | os.PathLike[str] | Source,
     heads: str | os.PathLike[str] | None = "auto",
     *,
+    head_vocab: int | None = None,
     dtype: str = "auto",
     backend: _core.Backend,
     **hub: Any,  # noqa: ANN401 - options of resolve
@@ -43,6 +44,7 @@ def load_model(
             source.
         heads: a directory or hub id, None for none, "auto" for those that come with the model, if
             any.
+        head_vocab: rows to keep of each head's own lm_head, the most frequent tokens'; None: all.
         dtype: of weights and cache in memory: "f32", "f16", "bf16", or "auto" for the file's own
             (bf16 where it is quantised).
         backend: where the weights go.
@@ -52,7 +54,8 @@ def load_model(
         LoadError: one line that names the file and what is wrong with it; nothing stays in memory.
     """
     _check_dtype(dtype)
-    return load_checkpoint(open_checkpoint(model, heads, **hub), dtype=dtype, backend=backend)
+    checkpoint = open_checkpoint(model, heads, head_vocab=head_vocab, **hub)
+    return load_checkpoint(checkpoint, dtype=dtype, backend=backend)
 
 
 def load_checkpoint(
@@ -60,9 +63,8 @@ def load_checkpoint(
 ) -> LoadedModel:
     """Load what `open_checkpoint` found and checked; dtype, backend and errors as `load_model`."""
     _check_dtype(dtype)
-    tokenizer = checkpoint.tokenizer()
-    eos_ids = checkpoint.eos_ids(tokenizer)
-    chosen = checkpoint.stored_dtype if dtype == "auto" else dtype
+    tokenizer, eos_ids = checkpoint.tokenizer, checkpoint.eos_ids  # refused before weights are read
+    chosen = checkpoint.dtype(dtype)
     return LoadedModel(
         model=build(checkpoint, chosen, backend),
         tokenizer=tokenizer,

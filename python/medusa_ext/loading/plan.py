@@ -39,6 +39,16 @@ class Entry:
         return np.ascontiguousarray(array), stored
 
 
+def chosen_rows(rows: NDArray[Any], before: Convert | None = None) -> Convert:
+    """Keep some rows; of a mapped file no others are read. `before` moves rows first."""
+
+    def convert(array: NDArray[Any]) -> NDArray[Any]:
+        chosen: NDArray[Any] = (array if before is None else before(array))[rows]
+        return chosen
+
+    return convert
+
+
 class TensorSet:
     """The tensors of several files under one roof."""
 
@@ -168,6 +178,16 @@ def count(shape: Shape) -> int:
     for size in shape:
         total *= size
     return total
+
+
+def weight_bytes(entries: Iterable[Entry], dtype: str) -> tuple[int, int]:
+    """Bytes of the model and of its heads in memory, but for what layouts are padded by."""
+    sizes = [0, 0]
+    for entry in entries:
+        # Gains, biases and token maps stay 4 bytes wide.
+        width = FLOAT_BYTES[dtype] if len(entry.shape) == 2 else 4
+        sizes[entry.name.startswith("heads.")] += count(entry.shape) * width
+    return sizes[0], sizes[1]
 
 
 def majority_dtype(entries: Iterable[Entry]) -> str:

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,34 @@ def resolve_tree(
     except ValueError as error:
         raise ValueError(f"{what} is invalid: {str(error).removeprefix('tree: ')}") from None
     return _fitting(spec, what, num_heads, vocab_size)
+
+
+def is_auto(tree: object) -> bool:
+    """Whether the tree is left to us; an array would compare element by element."""
+    return isinstance(tree, str) and tree == "auto"
+
+
+def tree_for(config: Mapping[str, Any], tree: Tree, auto_nodes: int) -> _core.TreeSpec | None:
+    """The tree for a model's Medusa heads, None where it has none.
+
+    Args:
+        config: of the model.
+        tree: what `resolve_tree` takes.
+        auto_nodes: that "auto" keeps, the root counted.
+
+    Raises:
+        ValueError: the tree does not fit the heads, or there are no heads for it.
+    """
+    heads = config["heads"]
+    if heads["num_heads"]:
+        return resolve_tree(
+            tree, heads["num_heads"], vocab_size=heads["head_vocab"], max_nodes=auto_nodes
+        )
+    if not is_auto(tree):
+        raise ValueError(
+            f"tree {shown(tree)} needs Medusa heads, and there are none; leave tree out"
+        )
+    return None
 
 
 @functools.cache

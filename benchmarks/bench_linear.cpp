@@ -1,0 +1,118 @@
+// bench_linear: the dense products of a step, out [R, N] f32 = x [R, K] W^T. See README.md.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "cost.h"
+#include "data.h"
+#include "report.h"
+#include "shapes.h"
+
+namespace medusa::bench {
+namespace {
+
+struct Product {
+  std::string name;  // model and matrix
+  int64_t N, K;
+};
+
+std::vector<Product> products_of(const NamedShape& s) {
+  const int64_t q = int64_t{s.heads} * s.head_dim, kv = int64_t{s.kv_heads} * s.head_dim;
+  const std::string model = std::string(s.name) + " ";
+  return {{model + "qkv", q + 2 * kv, s.hidden},
+          {model + "o", s.hidden, q},
+          {model + "gate_up", int64_t{2} * s.mlp, s.hidden},
+          {model + "down", s.hidden, s.mlp},
+          {model + "lm_head", s.vocab, s.hidden}};
+}
+
+// Some outputs of some rows against sums in f64, and all against NaN, which they were before.
+void check(const Product& product, const HostArray& x, const HostArray& weight,
+           const DeviceArray& out) {
+  const int64_t R = out.view().size(0), N = product.N, K = product.K;
+  const std::vector<std::byte> bytes = out.read();
+  const auto* values = reinterpret_cast<const float*>(bytes.data());
+  for (int64_t i = 0; i < R * N; ++i) {
+    MEDUSA_CHECK_INTERNAL(std::isfinite(values[i]), "linear ", product.name, ": element ", i,
+                          " of the output is ", values[i], "; nothing was timed");
+  }
+  constexpr int64_t kOutputs = 64;
+  // Roundings of a sum of K terms in any order partly cancel; one term left out is far more.
+  const double unit = 8 * std::sqrt(static_cast<double>(K)) * 0x1p-24;
+  for (const int64_t r : std::set<int64_t>{0, R / 2, R - 1}) {
+    for (int64_t i = 0; i < std::min(kOutputs, N); ++i) {
+      const int64_t n = i * (N - 1) / std::max<int64_t>(std::min(kOutputs, N) - 1, 1);
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        const double term = static_cast<double>(x.at(r * K + k)) * weight.at(n * K + k);
+        sum += term;
+        size += std::abs(term);
+      }
+      check_close("linear", product.name, values[r * N + n], sum, unit * size);
+    }
+  }
+}
+
+void run(const Common& common, Backend& backend, const Product& product, DType dtype,
+         const std::vector<int>& row_counts, Report& report) {
+  const int64_t N = product.N, K = product.K;
+  const DType act = backend.activation_dtype(dtype);
+  NormalValues normal(1);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(K));
+  const HostArray values(normal, dtype, N * K, scale);
+  std::vector<std::unique_ptr<Weight>> copies;
+  for (int i = 0; i < cold_copies(common, values.num_bytes()); ++i) {
+    copies.push_back(backend.make_weight(N, K, dtype));
+    backend.pack(*copies.back(), 0, TensorView(values.data(), dtype, N, K));
+  }
+  for (const int R : row_counts) {
+    const HostArray x(normal, act, R * K, 1.0f);
+    const DeviceArray in(backend, TensorView(nullptr, act, R, K), x.data());
+    const DeviceArray out(backend, TensorView(nullptr, DType::f32, R, N));
+    for (const Weight* weight : {copies.front().get(), copies.back().get()}) {
+      out.poison();
+      backend.linear(in.view(), *weight, TensorView(), false, out.view());
+      check(product, x, values, out);
+    }
+    const Samples seconds = time_op(backend, common, false, [&](int i) {
+      backend.linear(in.view(), *copies[static_cast<size_t>(i) % copies.size()], TensorView(),
+                     false, out.view());
+    });
+    const Cost cost = linear_cost(R, N, K, copies[0]->num_bytes(), act);
+    report.add("linear", concat(product.name, " [", N, ", ", K, "] x ", R), dtype_name(dtype),
+               seconds, cost.num_bytes, cost.flops);
+  }
+}
+
+void bench(Arguments& args, Common& common) {
+  if (common.shapes.empty()) {
+    common.shapes = {"llama-2-7b", "llama-3-8b"};
+    if (!common.quick) common.shapes.push_back("llama-1b");
+  }
+  std::vector<int> rows{1, 2, 4, 8, 16, 32, 64, 512};
+  if (common.quick) rows = {1, 16, 64};
+  rows = args.counts("--rows", rows, 1, 8192);
+  args.finish();
+  const std::vector<NamedShape> shapes = find_shapes(common.shapes);
+  const std::shared_ptr<Backend> backend = make_backend(common.backend);
+  Report report("bench_linear", common, *backend);
+  for (const NamedShape& shape : shapes) {
+    for (const Product& product : products_of(shape)) {
+      for (const DType dtype : common.dtypes) run(common, *backend, product, dtype, rows, report);
+    }
+  }
+  report.finish();
+}
+
+}  // namespace
+}  // namespace medusa::bench
+
+int main(int argc, char** argv) {
+  using namespace medusa::bench;
+  const std::string usage = medusa::concat(
+      "usage: bench_linear [--shape NAME,...] [--rows 1,64,...] [options]\n  NAME: ", kShapeNames,
+      "\n");
+  return run_program("bench_linear", usage, argc, argv, bench);
+}

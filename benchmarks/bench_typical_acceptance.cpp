@@ -1,0 +1,122 @@
+// bench_typical_acceptance: verify(), the walk through a tree by the logits of its nodes, in each
+// way of choosing; typical acceptance is one of them. The call waits for its result, so the times
+// hold the way to the device and back. See README.md.
+// SPDX-License-Identifier: Apache-2.0
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cost.h"
+#include "data.h"
+#include "report.h"
+#include "shapes.h"
+
+namespace medusa::bench {
+namespace {
+
+struct Mode {
+  const char* name;
+  SamplingParams sampling;
+};
+
+std::vector<Mode> modes() {
+  SamplingParams greedy, warm, top_k, top_p, typical;
+  warm.temperature = top_k.temperature = top_p.temperature = 0.8f;
+  typical.temperature = 0.7f;
+  warm.seed = top_k.seed = top_p.seed = typical.seed = 11;
+  top_k.top_k = 50;
+  top_p.top_p = 0.95;
+  typical.acceptance = Acceptance::typical;
+  return {{"greedy", greedy},
+          {"temperature 0.8", warm},
+          {"top-k 50", top_k},
+          {"top-p 0.95", top_p},
+          {"typical", typical}};
+}
+
+// One tree and its logits, on the backend under test and on the CPU.
+class Judge {
+ public:
+  Judge(Backend& backend, const TensorView& logits, const SamplingParams& sampling)
+      : backend_(backend), logits_(logits), sampling_(sampling) {}
+
+  Accepted walk(const DraftTree& tree) const {
+    Accepted accepted;
+    const std::vector<int32_t> text{tree.token(0)};
+    const VerifyItem item{&tree, 0, &sampling_, text, {}, 1 << 20, &accepted};
+    backend_.verify(logits_, {&item, 1});
+    return accepted;
+  }
+
+ private:
+  Backend& backend_;
+  TensorView logits_;
+  const SamplingParams& sampling_;
+};
+
+// A tree with a path of `depth` right guesses among wrong ones.
+DraftTree make_tree(const Judge& judge, int num_nodes, int depth, int vocab_size) {
+  std::mt19937 random(5);
+  DraftTree tree(1);
+  for (int level = 0; level < depth; ++level) {
+    grow_tree(tree, 1 + num_nodes * level / (depth + 1), depth + 1, vocab_size, random);
+    const Accepted accepted = judge.walk(tree);
+    if (tree.num_nodes() < num_nodes) tree.add(accepted.path.back(), accepted.tokens.back());
+  }
+  grow_tree(tree, num_nodes, depth + 1, vocab_size, random);
+  return tree;
+}
+
+void run(const Common& common, Backend& backend, Backend& cpu, int num_nodes, int vocab_size,
+         Report& report) {
+  constexpr int kDepth = 3;
+  NormalValues normal(2);
+  const int64_t count = int64_t{num_nodes} * vocab_size;
+  const HostArray values(normal, DType::f32, count, 2.0f);
+  const TensorView shape(values.data(), DType::f32, num_nodes, vocab_size);
+  const DeviceArray host(cpu, shape, values.data());
+  std::vector<std::unique_ptr<DeviceArray>> copies;
+  for (int i = 0; i < cold_copies(common, count * 4); ++i) {
+    copies.push_back(std::make_unique<DeviceArray>(backend, shape, values.data()));
+  }
+  for (const auto& [name, sampling] : modes()) {
+    const Judge wanted(cpu, host.view(), sampling);
+    const DraftTree tree = make_tree(wanted, num_nodes, kDepth, vocab_size);
+    const Accepted want = wanted.walk(tree);
+    const Accepted found = Judge(backend, copies.back()->view(), sampling).walk(tree);
+    MEDUSA_CHECK_INTERNAL(found.path == want.path && found.tokens == want.tokens, "verify ", name,
+                          ": accepted ", found.path.size(), " nodes, the CPU ", want.path.size(),
+                          ", or other tokens; nothing was timed");
+    const Samples seconds = time_op(backend, common, true, [&](int i) {
+      const DeviceArray& logits = *copies[static_cast<size_t>(i) % copies.size()];
+      Judge(backend, logits.view(), sampling).walk(tree);
+    });
+    const Cost cost = verify_cost(num_nodes, vocab_size);
+    report.add("verify", concat(name, ", ", num_nodes, " x ", vocab_size), "f32", seconds,
+               cost.num_bytes, cost.flops);
+  }
+}
+
+void bench(Arguments& args, Common& common) {
+  const bool tiny = common.tiny();
+  const int nodes = args.count("--nodes", tiny ? 16 : 64, 1, kMaxTreeNodes);
+  const std::vector<int> vocabs = args.counts(
+      "--vocab", tiny ? std::vector<int>{1000} : std::vector<int>{32000, 128256}, 64, 1 << 24);
+  args.finish();
+  find_shapes(common.shapes);
+  const std::shared_ptr<Backend> backend = make_backend(common.backend), cpu = make_backend({});
+  Report report("bench_typical_acceptance", common, *backend);
+  for (const int vocab : vocabs) run(common, *backend, *cpu, nodes, vocab, report);
+  report.finish();
+}
+
+}  // namespace
+}  // namespace medusa::bench
+
+int main(int argc, char** argv) {
+  using namespace medusa::bench;
+  const std::string usage =
+      "usage: bench_typical_acceptance [--shape tiny] [--nodes N] [--vocab 32000,...] [options]\n";
+  return run_program("bench_typical_acceptance", usage, argc, argv, bench);
+}

@@ -1,0 +1,53 @@
+// What every benchmark prints: the machine and its ceilings, then one row per shape.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "measure.h"
+
+namespace medusa::bench {
+
+std::string fixed(double value, int digits);
+std::string mib(int64_t bytes);
+
+// Facts and ceilings of the machine; 0 or "" where unknown.
+struct Machine {
+  std::string program, command, backend, compiler, toolkit, commit, driver, clocks;
+  std::string bandwidth_kind;  // of copy_gbs: "read" on the CPU
+  std::string matrix_source;
+  double copy_gbs = 0, datasheet_gbs = 0, matrix_tflops = 0;
+};
+
+// Measures the bandwidth, unless the command line gives a greater one.
+Machine describe(const std::string& program, const Common& common, Backend& backend);
+std::string markdown(const Machine& machine);      // a list
+std::string json_members(const Machine& machine);  // without braces
+
+// The table of one program. Rows go out as they come, so that a run that is stopped keeps them; in
+// JSON mode to stderr, and all of it to stdout at the end.
+class Report {
+ public:
+  Report(const std::string& program, const Common& common, Backend& backend);
+  void note(const std::string& text);  // a line above the table
+  void add(const std::string& op, const std::string& shape, const std::string& dtype,
+           const Samples& seconds, int64_t num_bytes, int64_t flops);
+  void finish();
+
+ private:
+  void line(const std::string& text) const;
+
+  const Common& common_;
+  Machine machine_;
+  std::map<std::tuple<std::string, std::string, std::string>, double> baseline_us_;
+  std::vector<std::string> json_rows_;
+  bool header_done_ = false;
+};
+
+}  // namespace medusa::bench

@@ -1,0 +1,91 @@
+# The CUDA backend: a library of its own, loaded on first use, so that everything else runs on a
+# machine without a driver. libmedusa_cuda.so is for GPUs. libmedusa_cuda_emulated.so is the same
+# sources for the host compiler, over the emulator in tests/emulator, and only for tests.
+
+set(MEDUSA_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO (where nvcc works), ON or OFF")
+set_property(CACHE MEDUSA_CUDA PROPERTY STRINGS AUTO ON OFF)
+option(MEDUSA_CUDA_EMULATED "Build the CUDA backend for the host, for tests" OFF)
+
+set(medusa_cuda_sources
+    cache.cu
+    choose.cu
+    cuda_backend.cpp
+    filter.cu
+    linear.cu
+    resident.cpp
+    rope.cu
+    row_ops.cu
+    runtime.cpp
+    step_state.cu
+    top_k.cu
+    tree_attention.cu
+    tree_attention_128.cu
+    tree_attention_256.cu
+    tree_attention_64.cu
+    tree_attention_f32.cu
+    typical.cu
+    verify.cu
+    weight.cu)
+list(TRANSFORM medusa_cuda_sources PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/csrc/backend/cuda/)
+
+# medusa_add_plugin(NAME SOURCES...): a library beside the Python module or at the top of the build
+# folder, where make_backend looks for it. It shows only what make_backend asks for.
+function(medusa_add_plugin name)
+  add_library(${name} MODULE ${ARGN})
+  target_link_libraries(${name} PRIVATE medusa_core)
+  target_link_options(${name} PRIVATE LINKER:--exclude-libs,ALL LINKER:--no-undefined)
+  if(NOT CMAKE_LIBRARY_OUTPUT_DIRECTORY)
+    set_target_properties(${name} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR})
+  endif()
+endfunction()
+
+# Chooses, and says why.
+function(medusa_choose_cuda)
+  set(MEDUSA_BUILD_CUDA OFF PARENT_SCOPE)
+  if(NOT MEDUSA_CUDA MATCHES "^(AUTO|ON|OFF)$")
+    message(FATAL_ERROR "MEDUSA_CUDA is '${MEDUSA_CUDA}'; it must be AUTO, ON or OFF")
+  elseif(MEDUSA_CUDA STREQUAL "OFF")
+    message(STATUS "CUDA backend: off")
+    return()
+  elseif(MEDUSA_CUDA STREQUAL "AUTO" AND NOT MEDUSA_SANITIZE STREQUAL "")
+    message(STATUS "CUDA backend: off, as MEDUSA_SANITIZE is set (MEDUSA_CUDA=AUTO)")
+    return()
+  endif()
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    message(STATUS "CUDA backend: on, ${CMAKE_CUDA_COMPILER} works (MEDUSA_CUDA=${MEDUSA_CUDA})")
+    set(MEDUSA_BUILD_CUDA ON PARENT_SCOPE)
+  elseif(MEDUSA_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "MEDUSA_CUDA=ON, but no nvcc works here; set CUDACXX to one that does")
+  else()
+    message(STATUS "CUDA backend: off, as no nvcc works here (MEDUSA_CUDA=AUTO)")
+  endif()
+endfunction()
+
+medusa_choose_cuda()
+if(MEDUSA_BUILD_CUDA)
+  # Code for 8.0 runs on all of 8.x; PTX for 9.0, which keeps overlapped launches, is for what comes
+  # after. PTX for 8.0 would add nothing to them.
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
+  endif()
+  enable_language(CUDA)
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_EXTENSIONS OFF)
+  set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # some versions before 3.26 do not know it
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+  endif()
+  find_package(CUDAToolkit REQUIRED)
+
+  medusa_add_plugin(medusa_cuda ${medusa_cuda_sources})
+  # No fused operations but those that are written: see compiler.cmake.
+  set(options -fmad=false -Xcompiler=-ffp-contract=off,-Wall)
+  if(MEDUSA_WERROR)
+    list(APPEND options -Werror=all-warnings)
+  endif()
+  target_compile_options(medusa_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${options}>")
+  target_link_libraries(medusa_cuda PRIVATE CUDA::cudart_static)
+endif()
