@@ -10,6 +10,8 @@ from pathlib import Path
 DEFAULT = 128
 # Kernels that hold accumulators of the tensor cores: one block of 256 threads has 255 for each.
 CEILINGS = {"linear_kernel": 255, "tree_attention_kernel": 255}
+# Bytes that may spill: attention of heads of 256, which hold twice the sums of heads of 128.
+SPILLS = {f"tree_attention_kernelI{t}Li256": 1536 for t in ("13__nv_bfloat16", "6__half")}
 
 
 def main(log: Path) -> int:
@@ -30,7 +32,8 @@ def main(log: Path) -> int:
     wrong = 0
     for (name, arch), (registers, spilled) in sorted(rows.items(), key=lambda r: -r[1][0]):
         ceiling = next((most for word, most in CEILINGS.items() if word in name), DEFAULT)
-        bad = registers > ceiling or spilled
+        allowed = next((most for word, most in SPILLS.items() if word in name), 0)
+        bad = registers > ceiling or spilled > allowed
         wrong += bool(bad)
         if bad or registers > DEFAULT:
             print(f"{arch} {registers:4} of {ceiling} registers, {spilled} bytes spilled: {name}")

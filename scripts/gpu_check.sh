@@ -340,7 +340,7 @@ trap 'interrupted=yes; exit 1' INT TERM
 
 run environment 30
 run build_all 240
-run use_device 60
+[[ $(state_of build_all) != passed ]] || run use_device 60
 if [[ $(state_of use_device) == passed ]]; then
   # None of these is timed, so they share the machine.
   names+=(ptx_wrappers tests memcheck racecheck)

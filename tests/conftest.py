@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from emulation_util import ORDERS, emulation
 from medusa_ext import _core
 from util import backend_for
 
@@ -41,6 +43,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests of ops and of exactness on this device alone",
     )
 
+    parser.addoption(
+        "--schedule",
+        default="forward",
+        choices=ORDERS,
+        help="the order in which an emulated device runs threads and blocks; all but forward also "
+        "keep its streams waiting until the host does",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     emulated = config.getoption("--device") == "cuda-emulated"
@@ -64,6 +74,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "backend", units or [pytest.param(wanted, marks=skip)], indirect=True, scope="session"
         )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _schedule(pytestconfig: pytest.Config) -> Iterator[None]:
+    order = pytestconfig.getoption("--schedule")
+    with nullcontext() if order == "forward" else emulation(order, order, 7, lazy_streams=True):
+        yield
 
 
 @pytest.fixture(scope="session")

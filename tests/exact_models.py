@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from medusa_ext import _core
-from util import backend_for
+from util import backend_for, fitting_head_dim
 
 CONTEXT = 448  # of every tiny model: seven pages
 Rng = np.random.Generator
@@ -191,11 +191,10 @@ def build_model(shape: Shape, backend: _core.Backend, *, zero: bool = False) -> 
 @cache
 def model_for(shape: Shape, unit: str, threads: int) -> _core.Model:
     """One model for each triple."""
-    return build_model(on_unit(shape, unit), backend_for(unit, threads))
+    backend = backend_for(unit, threads)
+    return build_model(on_backend(shape, backend), backend)
 
 
-def on_unit(shape: Shape, unit: str) -> Shape:
-    """The shape, or the next one that this unit can run: CUDA wants rows of 16 bytes."""
-    if unit.startswith("cuda") and shape.dtype != "f32":
-        return replace(shape, head_dim=-(-shape.head_dim // 8) * 8)
-    return shape
+def on_backend(shape: Shape, backend: _core.Backend) -> Shape:
+    """The shape, or the next one that this backend can run."""
+    return replace(shape, head_dim=fitting_head_dim(backend, shape.dtype, shape.head_dim))

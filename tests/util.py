@@ -52,6 +52,11 @@ def reports_contents(backend: _core.Backend) -> bool:
     return backend.name == "cpu"
 
 
+def fitting_head_dim(backend: _core.Backend, dtype: str, head_dim: int) -> int:
+    """The head size, or the next one that this backend takes: CUDA wants rows of 16 bytes."""
+    return head_dim if backend.name == "cpu" or dtype == "f32" else -(-head_dim // 8) * 8
+
+
 def assert_same_bits(got: np.ndarray, want: np.ndarray, what: str = "") -> None:
     """Equal shapes, types and bits; NaNs compare by their bits."""
     got, want = np.ascontiguousarray(got), np.ascontiguousarray(want)
@@ -126,6 +131,15 @@ def trees(draw: st.DrawFn, max_nodes: int = 64) -> list[int]:
     num_nodes = draw(st.one_of(st.integers(1, 8), st.integers(1, max_nodes)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return random_parents(rng, num_nodes, draw(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0])))
+
+
+def within_depth(backend: _core.Backend, parents: list[int]) -> list[int]:
+    """The tree, or one no deeper than the backend takes: nodes that are go to the root."""
+    shallow, depth = [-1], [0]
+    for parent in parents[1:]:
+        shallow.append(parent if depth[parent] < backend.max_tree_depth else 0)
+        depth.append(depth[shallow[-1]] + 1)
+    return shallow
 
 
 def path_to(parents: list[int], node: int) -> list[int]:

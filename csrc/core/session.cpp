@@ -89,7 +89,7 @@ struct Session::State {
   Workspace workspace;
   std::unique_ptr<ResidentLoop> resident;  // null: every step passes through the host
   std::vector<Event> events;               // survive a step that throws
-  int64_t steps = 0, compactions_across_pages = 0;
+  int64_t steps = 0, device_steps = 0, compactions_across_pages = 0;
 
   mutable std::mutex inbox_mutex;  // guards what follows; never held during a pass
   int64_t next_id = 1;
@@ -333,6 +333,7 @@ void Session::State::read_resident_step() {
     throw;
   }
   ++steps;
+  ++device_steps;
   std::vector<int64_t> ended;
   for (auto& [id, accepted] : results) {
     if (accepted.tokens.empty()) continue;
@@ -457,6 +458,7 @@ void Session::State::publish() {
   SessionStats stats;
   scheduler.fill_stats(stats);
   stats.steps = steps;
+  stats.device_steps = device_steps;
   stats.compactions_across_pages = compactions_across_pages;
   stats.weight_bytes = model->weight_bytes();
   stats.workspace_bytes = workspace.num_bytes();

@@ -50,6 +50,7 @@ struct SessionStats {
   int active = 0, waiting = 0;
   int pages_used = 0, pages_total = 0, pages_cached = 0;  // cached: for reuse, freed on demand
   int64_t steps = 0, set_backs = 0, compactions_across_pages = 0;
+  int64_t device_steps = 0;  // of the steps: with no host in between, see medusa/resident.h
   int64_t weight_bytes = 0, cache_bytes = 0, workspace_bytes = 0;  // reserved
 };
 

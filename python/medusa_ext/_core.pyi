@@ -202,6 +202,7 @@ class SessionStats:
     pages_total: int
     pages_cached: int
     steps: int
+    device_steps: int
     set_backs: int
     compactions_across_pages: int
     weight_bytes: int

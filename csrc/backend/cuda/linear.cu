@@ -51,7 +51,7 @@ namespace {
 template <int kTokens>
 using Narrow = Tile<kTokens, 4, 1, 2>;
 using Wide = Tile<64, 8, 1, 2>;
-using Deep = Tile<128, 4, 2, 4>;
+using Deep = Tile<128, 4, 2, 3>;
 
 // Tiles too large for two sets of sums in registers keep the sum of earlier splits in memory, and
 // serve only where a block takes all splits.

@@ -45,7 +45,7 @@ namespace medusa::cuda {
 namespace {
 
 constexpr int kPlanThreads = 256;
-constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
+constexpr int64_t kMaxPartialBytes = int64_t{128} << 20;
 constexpr int kMergeWarps = 4;
 
 // Columns of the kernel that serves this head size.
