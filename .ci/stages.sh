@@ -36,12 +36,12 @@ emulated() {
   ctest --test-dir "$build" --output-on-failure -R '^emulator_'
   cp -r python/medusa_ext/. "$package"
 
-  # The interpreter is not instrumented, so its sanitizer comes first.
-  local preload=
+  # The interpreter is not instrumented, so its sanitizer comes first, and what throws before it is used.
+  local preload= stdcpp=$(g++ -print-file-name=libstdc++.so)
   case $sanitizer in
-    address) preload=$(g++ -print-file-name=libasan.so) ;;
-    thread) preload=$(g++ -print-file-name=libtsan.so) ;;
-    undefined) preload=$(g++ -print-file-name=libubsan.so) ;;
+    address) preload="$(g++ -print-file-name=libasan.so) $stdcpp" ;;
+    thread) preload="$(g++ -print-file-name=libtsan.so) $stdcpp" ;;
+    undefined) preload="$(g++ -print-file-name=libubsan.so) $stdcpp" ;;
   esac
   env PYTHONPATH="$build/python" LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 \
     TSAN_OPTIONS=ignore_noninstrumented_modules=1 \

@@ -349,7 +349,9 @@ void CudaBackend::do_tree_attention(TensorView q, const KvCache& cache, int laye
       plan.walk ? int64_t{kMaxBlocksPerSm} * num_sms_ * kTilePairs * columns_of(shape.head_dim) * 4
                 : partial_bytes(args.num_rows, args.num_heads, cache),
       stream_.get()));
-  args.partial_ml = reinterpret_cast<float2*>(args.partial_o + parts * pairs * shape.head_dim);
+  if (!plan.walk) {
+    args.partial_ml = reinterpret_cast<float2*>(args.partial_o + parts * pairs * shape.head_dim);
+  }
   (shape.dtype == DType::f16
        ? launch_attention<__half>
        : launch_attention<__nv_bfloat16>)(args, plan.walk, plan.max_items, num_sms_, stream_.get());

@@ -31,6 +31,7 @@ struct AttentionArgs {
   int layer = 0, window = 0;
   float scale_log2 = 0.0f;
   DType out_type = DType::f32;
+  uint8_t rest[3] = {};  // no stray bytes: the emulator looks for host pointers among arguments
 
   MEDUSA_HD int64_t pair(int row, int head) const { return int64_t{row} * num_heads + head; }
   MEDUSA_HD int64_t partial(int part, int row, int head) const {
