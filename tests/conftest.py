@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,6 +22,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 LONG_FACTOR = 10  # cases of a --long run per case of a plain run
 EMULATED_SHARE = 10  # cases of a plain run per case of one on the emulated device
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+HAS_GPU = "cuda" in _core.available_devices()  # asked before anything can have failed
 
 # No deadline: tests never time. Derandomised, so that a failure of CI is a failure here.
 _checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
@@ -41,6 +44,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="all",
         choices=["all", "cpu", "cuda", "cuda-emulated"],
         help="run the tests of ops and of exactness on this device alone",
+    )
+
+    parser.addoption(
+        "--failures", help="append each failure to this file at once, for runs that may be stopped"
+    )
+
+    parser.addoption(
+        "--shared", default=SHARED, type=Path, help="the folder with the published cases"
     )
 
     parser.addoption(
@@ -76,6 +87,47 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
 
 
+def _note_failure(config: pytest.Config, test: str, text: str) -> None:
+    if path := config.getoption("--failures"):
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(f"FAILED {test}\n{text}\n\n")
+
+
+def _is_cuda_error(error: BaseException | None) -> bool:
+    if error is None or isinstance(error, _core.CudaError):
+        return error is not None
+    parts = [*getattr(error, "exceptions", ()), error.__cause__ or error.__context__]
+    return any(_is_cuda_error(part) for part in parts)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        _note_failure(item.config, item.nodeid, report.longreprtext)
+        # After an error of a GPU all that this process does there fails too. A worker of xdist can
+        # be replaced.
+        if (
+            "PYTEST_XDIST_WORKER" in os.environ
+            and HAS_GPU
+            and call.excinfo is not None
+            and _is_cuda_error(call.excinfo.value)
+        ):
+            os._exit(1)
+    return report
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, sched: Any) -> None:
+    """A worker of xdist that ends takes its report with it."""
+    path = sched.config.getoption("--failures")
+    if path and Path(path).exists() and f"FAILED {crashitem}\n" in Path(path).read_text("utf-8"):
+        return  # it has noted why
+    _note_failure(sched.config, crashitem, "its process ended")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _schedule(pytestconfig: pytest.Config) -> Iterator[None]:
     order = pytestconfig.getoption("--schedule")
@@ -108,9 +160,9 @@ def demo_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
+def shared_dir(pytestconfig: pytest.Config) -> Path:
     """Cases and data shared with other repositories, in the folder next to this one."""
-    path = Path(__file__).resolve().parents[2] / "shared"
+    path = pytestconfig.getoption("--shared").resolve()
     if not path.is_dir():
-        pytest.skip("the folder ../shared, which holds the published cases, is absent")
+        pytest.skip(f"the folder {path}, which holds the published cases, is absent")
     return path

@@ -317,7 +317,7 @@ def test_inspect_as_json(inspect, tiny: Path) -> None:
 def test_inspect_for_a_gpu_that_is_not_there(inspect, tiny: Path, device: str) -> None:
     text = inspect(str(tiny), "--device", device)
     assert f"memory together, on {device} " in text
-    assert "memory for kernels up to 256.0 MiB" in text
+    assert "memory for kernels up to " in text
     assert "memory free unknown, no such device is present here: " in text
     assert "fits" not in text
     memory = json.loads(inspect(str(tiny), "--device", device, "--json"))["memory"]

@@ -1,5 +1,8 @@
 """Steps that a device runs with no host in between: they happen, and change nothing."""
 
+from collections.abc import Sequence
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -13,6 +16,7 @@ SAMPLINGS = [
     {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 4},
     {"repetition_penalty": 1.3},
 ]
+TOO_MANY_ENDS = 33  # with so many, a request stays with the host
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]
 
 
@@ -28,14 +32,15 @@ class HostOnly(_core.Drafter):
 
 
 def texts(
-    session: _core.Session, samplings: list[dict], *, late: int = 0
+    session: _core.Session, samplings: list[dict], *, late: int = 0, eos_ids: Sequence[int] = ()
 ) -> tuple[list[list[int]], _core.SessionStats]:
     """What requests of 30 tokens emit; the last `late` of them come when others are under way."""
     found: dict[int, list[int]] = {}
 
     def submit(i: int) -> int:
         sampling = _core.SamplingParams(**samplings[i])
-        return session.submit([5 + i, 3, 9], max_new_tokens=30, sampling=sampling)
+        prompt = [5 + i, 3, 9]
+        return session.submit(prompt, max_new_tokens=30, sampling=sampling, eos_ids=eos_ids)
 
     def step() -> None:
         for event in session.step():
@@ -52,14 +57,25 @@ def texts(
 
 
 @pytest.fixture
-def model(backend: _core.Backend) -> _core.Model:
+def model(backend: _core.Backend, request: pytest.FixtureRequest) -> _core.Model:
     if backend.name == "cpu":
         pytest.skip("steps on the CPU are the host's")
-    return model_for(SHAPES[0], unit_of(backend), 1)
+    name = getattr(request, "param", "f32")
+    shape = next(shape for shape in SHAPES if shape.name == name)
+    return model_for(shape, unit_of(backend), 1)
 
 
-@pytest.mark.parametrize("kind", ["plain", "heads"])
-@pytest.mark.parametrize("late", [0, 2])
+@pytest.mark.parametrize(
+    ("model", "kind", "late"),
+    [
+        *product(["f32"], ["plain", "heads"], [0, 2]),
+        ("bf16-token-map", "plain", 0),
+        ("bf16-token-map", "heads", 2),
+        ("f16-tied", "plain", 2),
+        ("f16-tied", "heads", 0),
+    ],
+    indirect=["model"],
+)
 def test_device_steps_emit_what_host_steps_emit(model: _core.Model, kind: str, late: int) -> None:
     options = {"max_batch": 3, "max_context": 200}
     want, stats = texts(_core.Session(model, HostOnly(), **options), SAMPLINGS)
@@ -70,6 +86,26 @@ def test_device_steps_emit_what_host_steps_emit(model: _core.Model, kind: str, l
     got, stats = texts(_core.Session(model, drafter, **options), SAMPLINGS, late=late)
     assert got == want
     assert stats.device_steps > 0.5 * stats.steps > 5
+
+
+@pytest.mark.parametrize("model", ["f32", "bf16-token-map"], indirect=True)
+def test_typical_acceptance_emits_what_host_steps_emit(model: _core.Model) -> None:
+    """It follows the tree, so that the same guesses must be made too."""
+    options = {"max_batch": 2, "max_context": 200}
+    samplings = [
+        {"temperature": 0.7, "acceptance": "typical", "epsilon": 0.02, "delta": 0.1},
+        {"temperature": 1.3, "acceptance": "typical", "epsilon": 0.3, "delta": 0.6},
+    ]
+    drafter = _core.medusa_drafter(model, _core.TreeSpec.from_paths(TREE))
+    results = []
+    for ends in (1, TOO_MANY_ENDS):
+        session = _core.Session(model, drafter, **options)
+        results.append(texts(session, samplings, eos_ids=[2] * ends))
+    (got, stats), (want, host_stats) = results
+    assert got == want
+    assert stats.device_steps > 0.5 * stats.steps > 2
+    assert host_stats.device_steps == 0
+    assert host_stats.steps < sum(map(len, want))
 
 
 def test_a_cancelled_request_leaves_the_others_alone(model: _core.Model) -> None:
@@ -88,6 +124,29 @@ def test_a_cancelled_request_leaves_the_others_alone(model: _core.Model) -> None
             break
     assert tokens == want[0]
     assert session.stats().active == 0
+
+
+def test_the_end_is_told_before_the_steps_that_run_on_without_it(model: _core.Model) -> None:
+    options = {"max_batch": 1, "max_context": 200}
+    (text,), _ = texts(_core.Session(model, None, **options), SAMPLINGS[1:2])
+    end = next(i for i in range(8, 30) if text[i] not in text[:i])
+    session = _core.Session(model, None, **options)
+    session.submit(
+        [5, 3, 9],
+        max_new_tokens=30,
+        sampling=_core.SamplingParams(**SAMPLINGS[1]),
+        eos_ids=[text[end]],
+    )
+    tokens: list[int] = []
+    while not session.idle:
+        for event in session.step():
+            tokens += event.tokens
+    assert tokens == text[: end + 1]
+    # One token a step; the next step was under way already and is not waited for.
+    assert session.stats().steps == end + 1
+    # It is read when something new comes, and leaves nothing behind.
+    (again,), _ = texts(session, SAMPLINGS[1:2])
+    assert again == text
 
 
 def test_broken_logits_are_an_error_and_not_the_end(backend: _core.Backend) -> None:

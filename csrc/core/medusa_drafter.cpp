@@ -2,6 +2,8 @@
 // candidates fill a static tree. Source: Medusa, arXiv:2401.10774.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <numeric>
 #include <vector>
@@ -16,6 +18,7 @@ namespace {
 
 // Candidates that the noise may reorder at temperature > 0.
 constexpr int kCoupledCandidates = 48;
+constexpr int64_t kRankedAtOnce = 64;  // rows of rank(), so that their logits stay small
 
 class MedusaDrafter final : public Drafter {
  public:
@@ -78,6 +81,26 @@ class MedusaDrafter final : public Drafter {
     }
   }
 
+  // Candidates of all the tree's depths for many texts at once, see head_candidates().
+  void rank(const float* hidden, int64_t num_rows, int width, int32_t* ids) {
+    const std::lock_guard lock(mutex_);
+    const int64_t d = model_->config.hidden_size;
+    for (int64_t start = 0; start < num_rows; start += kRankedAtOnce) {
+      const int64_t n = std::min(kRankedAtOnce, num_rows - start);
+      std::vector<DraftInput> inputs(static_cast<size_t>(n));
+      std::vector<size_t> ready(inputs.size());
+      std::iota(ready.begin(), ready.end(), size_t{0});
+      for (const size_t i : ready) {
+        inputs[i].hidden = hidden + (start + static_cast<int64_t>(i)) * d;
+      }
+      read_heads(inputs, ready, tree_.depth(), width);
+      for (int head = 0; head < tree_.depth(); ++head) {
+        std::copy_n(candidates_.data() + head * n * width, n * width,
+                    ids + (head * num_rows + start) * width);
+      }
+    }
+  }
+
  private:
   // One Buffer per role, grown outside the ops; row h * B + b of each is head h of sequence b.
   void* memory(std::unique_ptr<Buffer>& buffer, int64_t num_bytes) {
@@ -103,13 +126,13 @@ class MedusaDrafter final : public Drafter {
     auto* logits = static_cast<float*>(memory(logits_, rows * head_vocab_ * 4));
     auto* ids = static_cast<int32_t*>(memory(ids_, rows * width * 4));
     auto* values = static_cast<float*>(memory(values_memory_, rows * width * 4));
-    const TensorView index = identity(batch);
+    const TensorView index = repeated(batch, rows);
+    ops_.gather_rows(hidden, index, TensorView(u, DType::f32, rows, d));
+    ops_.gather_rows(hidden, index, TensorView(normed, act, rows, d));
     for (int head = 0; head < depth; ++head) {
       const TensorView state(u + head * batch * d, DType::f32, batch, d);
       const TensorView update(y, DType::f32, batch, d);
       const TensorView copy(normed + head * batch * d * dtype_bytes(act), act, batch, d);
-      ops_.gather_rows(hidden, index, state);
-      ops_.gather_rows(hidden, index, copy);
       const Head& weights = model_->heads[static_cast<size_t>(head)];
       for (size_t layer = 0; layer < weights.blocks.size(); ++layer) {
         const TensorView bias(weights.biases[layer]->data(), DType::f32, d);
@@ -132,14 +155,17 @@ class MedusaDrafter final : public Drafter {
     return found;
   }
 
-  // 0, 1, ..., n - 1 in backend memory.
-  TensorView identity(int64_t n) {
-    if (!identity_ || identity_->num_bytes() < n * 4) {
-      std::vector<int32_t> all(static_cast<size_t>(n));
-      std::iota(all.begin(), all.end(), 0);
-      ops_.upload(memory(identity_, n * 4), all.data(), n * 4);
+  // 0, 1, ..., batch - 1, 0, 1, ... in backend memory. One piece for each batch, since recorded
+  // steps of several batches live side by side.
+  TensorView repeated(int64_t batch, int64_t rows) {
+    std::unique_ptr<Buffer>& index = indices_[batch];
+    if (!index || index->num_bytes() < rows * 4) {
+      std::vector<int32_t> all(static_cast<size_t>(rows));
+      for (int64_t i = 0; i < rows; ++i)
+        all[static_cast<size_t>(i)] = static_cast<int32_t>(i % batch);
+      ops_.upload(memory(index, rows * 4), all.data(), rows * 4);
     }
-    return {identity_->data(), DType::i32, n};
+    return {index->data(), DType::i32, rows};
   }
 
   // Runs the heads and brings their candidates to the host, as ids of the vocabulary.
@@ -202,8 +228,9 @@ class MedusaDrafter final : public Drafter {
   int head_vocab_ = 0, num_ranks_ = 0;
   std::mutex mutex_;  // two sessions may hold one drafter by mistake; they shall only be slow
   std::unique_ptr<Buffer> hidden_, u_, y_, copy_, logits_, ids_, values_memory_;
-  std::unique_ptr<Buffer> identity_, token_map_;
-  std::vector<std::unique_ptr<Buffer>> outgrown_;  // recorded steps may still use them
+  std::unique_ptr<Buffer> token_map_;
+  std::map<int64_t, std::unique_ptr<Buffer>> indices_;  // by batch
+  std::vector<std::unique_ptr<Buffer>> outgrown_;       // recorded steps may still use them
   std::vector<int32_t> candidates_;
   std::vector<float> values_;
 };
@@ -213,6 +240,19 @@ class MedusaDrafter final : public Drafter {
 std::shared_ptr<Drafter> make_medusa_drafter(std::shared_ptr<const Model> model,
                                              const TreeSpec& tree) {
   return std::make_shared<MedusaDrafter>(std::move(model), tree);
+}
+
+void head_candidates(std::shared_ptr<const Model> model, const float* hidden, int64_t num_rows,
+                     int width, int32_t* ids) {
+  const HeadsConfig& heads = model->config.heads;
+  const int most =
+      std::min(heads.shared_lm_head ? model->config.vocab_size : heads.head_vocab, kMaxTreeNodes);
+  MEDUSA_CHECK_ARG(heads.num_heads > 0, "head candidates: the model has no heads");
+  MEDUSA_CHECK_ARG(width >= 1 && width <= most, "head candidates: ", width,
+                   " are wanted of each head, allowed is 1 to ", most);
+  std::vector<std::vector<int>> chain;
+  for (int depth = 1; depth <= heads.num_heads; ++depth) chain.emplace_back(depth, 0);
+  MedusaDrafter(std::move(model), TreeSpec::from_paths(chain)).rank(hidden, num_rows, width, ids);
 }
 
 }  // namespace medusa

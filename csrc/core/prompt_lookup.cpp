@@ -19,6 +19,7 @@ class PromptLookupDrafter final : public Drafter {
     for (size_t i = 0; i < inputs.size(); ++i) draft_one(inputs[i], trees[i]);
   }
   int max_nodes() const override { return options_.max_nodes; }
+  bool needs_hidden() const override { return false; }
 
  private:
   struct Match {

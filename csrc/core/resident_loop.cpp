@@ -14,7 +14,6 @@ std::unique_ptr<ResidentLoop> ResidentLoop::make(const Model& model, Drafter* dr
   shape.max_lines = options.max_batch;
   shape.hidden_size = model.config.hidden_size;
   shape.vocab_size = model.config.vocab_size;
-  shape.max_tokens = options.max_context;
   if (drafter) shape.tree = *drafter->resident_tree();
   if (shape.tree.depth() > model.backend->max_tree_depth()) return nullptr;
   std::unique_ptr<Resident> resident = model.backend->make_resident(shape);
@@ -38,7 +37,9 @@ bool ResidentLoop::start(Scheduler& scheduler) {
   const auto& active = scheduler.active();
   const auto accepted = [&](const auto& sequence) { return accepts(*sequence); };
   if (active.empty() || !std::all_of(active.begin(), active.end(), accepted)) return false;
+  started_.clear();
   for (const auto& sequence : active) {
+    started_.insert(sequence->id);
     ResidentLine line;
     line.line = sequence->line;
     line.prompt_len = sequence->prompt_len();
@@ -75,6 +76,9 @@ void ResidentLoop::launch(Scheduler& scheduler, Workspace& workspace) {
       lines.push_back(sequence->line);
       ids.push_back(sequence->id);
     }
+    MEDUSA_CHECK_INTERNAL(
+        std::all_of(ids.begin(), ids.end(), [&](int64_t id) { return started_.contains(id); }),
+        "resident loop: a sequence steps that was not started");
     if (lines != lines_) resident_->set_lines(lines);
     lines_ = std::move(lines);
     const auto batch = static_cast<int>(ids.size());
@@ -116,7 +120,10 @@ void ResidentLoop::abandon(Scheduler& scheduler) {
   running_ = false;
   launched_.clear();
   for (const auto& sequence : scheduler.active()) sequence->hidden.clear();
-  resident_->discard();
+  try {
+    resident_->discard();
+  } catch (const CudaError&) {  // the error that led here tells more
+  }
 }
 
 }  // namespace medusa

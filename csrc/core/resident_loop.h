@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -30,6 +31,7 @@ class ResidentLoop {
   void launch(Scheduler& scheduler, Workspace& workspace);
   // The oldest step: what each sequence, by id, accepted. Nothing: it had ended before.
   std::vector<std::pair<int64_t, Accepted>> wait();
+  Resident::Times times() const { return resident_->times(); }
   // Back to the host; idle() must hold.
   void stop(Scheduler& scheduler);
   // The same after an error: what is under way is lost, and computed again.
@@ -45,6 +47,7 @@ class ResidentLoop {
   const std::unique_ptr<Resident> resident_;
   const int num_nodes_, depth_;
   bool running_ = false;
+  std::set<int64_t> started_;                  // ids
   std::vector<int> lines_;                     // of the next step
   std::deque<std::vector<int64_t>> launched_;  // ids of each step under way
 };

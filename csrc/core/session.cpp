@@ -63,10 +63,10 @@ struct Session::State {
     publish();
   }
 
-  bool news() const;
   void receive();
   void draft();
   void run();
+  bool on_device() const { return resident && resident->running(); }
   bool run_resident();
   void read_resident_step();
   void leave_device();
@@ -89,6 +89,8 @@ struct Session::State {
   Workspace workspace;
   std::unique_ptr<ResidentLoop> resident;  // null: every step passes through the host
   std::vector<Event> events;               // survive a step that throws
+  std::vector<int64_t> cancelling;         // likewise
+  bool leave_soon = false;                 // a line of the device is wanted for another text
   int64_t steps = 0, device_steps = 0, compactions_across_pages = 0;
 
   mutable std::mutex inbox_mutex;  // guards what follows; never held during a pass
@@ -168,9 +170,8 @@ std::vector<Event> Session::step() {
   const std::lock_guard lock(s.step_mutex);
   s.stepping = std::this_thread::get_id();
   const std::shared_ptr<void> reset(nullptr, [&](void*) { s.stepping = std::thread::id(); });
-  if (s.news()) s.leave_device();
   s.receive();
-  s.scheduler.admit();
+  if (!s.on_device()) s.scheduler.admit();
   if (!s.scheduler.active().empty() && !s.run_resident()) {
     s.scheduler.share_out();
     s.draft();
@@ -181,20 +182,19 @@ std::vector<Event> Session::step() {
   return std::exchange(s.events, {});
 }
 
-bool Session::State::news() const {
-  const std::lock_guard lock(inbox_mutex);
-  return !submitted.empty() || !cancelled.empty();
-}
-
+// Takes what came in; for it, steps under way on the device are read and the host takes over.
 void Session::State::receive() {
-  std::vector<int64_t> to_cancel;
+  bool any;
   {
     const std::lock_guard lock(inbox_mutex);
+    any = !submitted.empty() || !cancelled.empty();
     for (auto& sequence : submitted) scheduler.enqueue(std::move(sequence));
     submitted.clear();
-    to_cancel.swap(cancelled);
+    cancelling.insert(cancelling.end(), cancelled.begin(), cancelled.end());
+    cancelled.clear();
   }
-  for (const int64_t id : to_cancel) {
+  if (any || leave_soon || !cancelling.empty()) leave_device();
+  for (const int64_t id : std::exchange(cancelling, {})) {
     const std::unique_ptr<Sequence> sequence = scheduler.remove(id);
     if (sequence) finish(*sequence, Finish::cancelled, {});
   }
@@ -315,7 +315,12 @@ void Session::State::run() {
 // one is already under way.
 bool Session::State::run_resident() {
   if (!resident || (!resident->running() && !resident->start(scheduler))) return false;
-  resident->launch(scheduler, workspace);
+  try {
+    resident->launch(scheduler, workspace);
+  } catch (...) {
+    resident->abandon(scheduler);
+    throw;
+  }
   if (resident->idle()) {  // no pages left for a whole tree
     leave_device();
     return false;
@@ -347,14 +352,15 @@ void Session::State::read_resident_step() {
     if (emit(sequence)) ended.push_back(id);
   }
   for (const int64_t id : ended) scheduler.remove(id);
-  if (!ended.empty() && (scheduler.has_waiting() || scheduler.active().empty())) leave_device();
+  // Not now: a text's end is told before the steps that still run without it.
+  leave_soon |= !ended.empty() && (scheduler.has_waiting() || scheduler.active().empty());
 }
 
 // Reads what is under way and goes on with the host in the loop.
 void Session::State::leave_device() {
-  if (!resident || !resident->running()) return;
-  while (!resident->idle()) read_resident_step();
-  if (resident->running()) resident->stop(scheduler);
+  while (on_device() && !resident->idle()) read_resident_step();
+  if (on_device()) resident->stop(scheduler);
+  leave_soon = false;
 }
 
 // The tokens that this step put into the cache, with the hidden rows that the pass gave them
@@ -388,7 +394,7 @@ void Session::State::commit(Sequence& sequence, const float* hidden, std::vector
   if (path.back() != accepted - 1) {
     moves.push_back({sequence.line, sequence.len, accepted, path.data()});
   }
-  if (drafter) {
+  if (drafter && drafter->needs_hidden()) {
     sequence.hidden.resize(d);
     model->backend->download(sequence.hidden.data(), hidden + static_cast<size_t>(path.back()) * d,
                              static_cast<int64_t>(d) * 4);
@@ -459,6 +465,11 @@ void Session::State::publish() {
   scheduler.fill_stats(stats);
   stats.steps = steps;
   stats.device_steps = device_steps;
+  if (device_steps > 0) {
+    const Resident::Times times = resident->times();
+    stats.device_step_s = times.step_s;
+    stats.device_gap_s = times.gap_s;
+  }
   stats.compactions_across_pages = compactions_across_pages;
   stats.weight_bytes = model->weight_bytes();
   stats.workspace_bytes = workspace.num_bytes();

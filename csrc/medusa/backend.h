@@ -100,6 +100,7 @@ struct VerifyItem {  // host; one sequence's tree and the logits that judge it
 class Resident;
 struct ResidentShape;
 
+// One caller at a time: two Sessions of one model may not step in two threads.
 class Backend {
  public:
   virtual ~Backend() = default;

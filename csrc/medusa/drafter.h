@@ -17,6 +17,7 @@ struct DraftInput {
   int64_t request = 0;              // id that submit() returned
   std::span<const int32_t> tokens;  // prompt and all emitted tokens; the last one is the root
   const float* hidden = nullptr;    // [d] final norm of the last accepted node; null at first
+                                    // and where needs_hidden() is false
   int max_nodes = 1;                // root included
   int max_depth = 0;                // deeper nodes could not be used (context or max_new_tokens)
   const SamplingParams* sampling = nullptr;
@@ -29,6 +30,8 @@ class Drafter {
   // trees[i] is reset to the root of inputs[i]; adds at most max_nodes - 1 nodes. Guesses never
   // change the output.
   virtual void draft(std::span<const DraftInput> inputs, std::span<DraftTree> trees) = 0;
+  // Whether DraftInput::hidden is read; where it is not, it stays null.
+  virtual bool needs_hidden() const { return true; }
   // If needs_commit(): tokens that joined the text, prompt included, in order, and their hidden
   // rows [n, d]. `start` is the first one's index in the text; one before the end of what came
   // earlier means: go back there (a set-back).

@@ -18,8 +18,7 @@ namespace medusa {
 struct ResidentShape {
   int max_lines = 1;  // lines of the page table
   int hidden_size = 0, vocab_size = 0;
-  TreeSpec tree;       // the same for every line
-  int max_tokens = 0;  // of a text, prompt and output
+  TreeSpec tree;  // the same for every line
 };
 
 // A sequence that decodes: its prompt is in the cache but for the root, the last of `tokens`.
@@ -66,6 +65,12 @@ class Resident {
   // What the oldest unread step emitted, one entry per row of its batch; waits for it. Empty
   // tokens: that line had ended before. ArgumentError: the logits of a line were not finite.
   virtual std::vector<Accepted> wait() = 0;
+  // Of the step that wait() returned last, by the device's clock: how long it took, and how long
+  // after the end of the one before it began.
+  struct Times {
+    double step_s = 0, gap_s = 0;
+  };
+  virtual Times times() const = 0;
   // Waits for all steps and forgets what they emitted; lines must be started anew.
   virtual void discard() = 0;
   // The hidden row [d] f32 that the line's next draft would read; no step may be unread.

@@ -51,6 +51,8 @@ struct SessionStats {
   int pages_used = 0, pages_total = 0, pages_cached = 0;  // cached: for reuse, freed on demand
   int64_t steps = 0, set_backs = 0, compactions_across_pages = 0;
   int64_t device_steps = 0;  // of the steps: with no host in between, see medusa/resident.h
+  // Of the last of these, by the device's clock: its seconds, and those since the one before.
+  double device_step_s = 0, device_gap_s = 0;
   int64_t weight_bytes = 0, cache_bytes = 0, workspace_bytes = 0;  // reserved
 };
 
@@ -79,6 +81,11 @@ void score(const Model& model, std::span<const int32_t> tokens, int chunk, float
 
 std::shared_ptr<Drafter> make_medusa_drafter(std::shared_ptr<const Model> model,
                                              const TreeSpec& tree);
+
+// What a step at temperature 0 would take from every head, best first, for texts whose last hidden
+// states are hidden [R, d] f32: ids [num_heads, R, width] i32. For calibration.
+void head_candidates(std::shared_ptr<const Model> model, const float* hidden, int64_t num_rows,
+                     int width, int32_t* ids);
 
 struct PromptLookupOptions {
   int max_ngram = 4, min_ngram = 2;

@@ -182,6 +182,26 @@ void bind_model(py::module_& m) {
         score(model, ids, chunk, logits_out, hidden_out);
       },
       py::arg("model"), py::arg("tokens"), py::arg("chunk"), py::arg("logits"), py::arg("hidden"));
+  m.def(
+      "head_candidates",
+      [](const std::shared_ptr<Model>& model, const py::array& hidden, const py::array& ids) {
+        const TensorView rows = borrow(hidden, "f32", "hidden");
+        const TensorView out = borrow(ids, std::nullopt, "ids");
+        MEDUSA_CHECK_ARG(rows.rank == 2 && rows.size(1) == model->config.hidden_size,
+                         "head_candidates: hidden is ", shape_string(rows), "; wanted [R, ",
+                         model->config.hidden_size, "]");
+        MEDUSA_CHECK_ARG(out.dtype == DType::i32 && out.rank == 3 &&
+                             out.size(0) == model->config.heads.num_heads &&
+                             out.size(1) == rows.size(0) && out.size(2) <= kMaxTreeNodes,
+                         "head_candidates: ids is ", shape_string(out), "; wanted i32 [",
+                         model->config.heads.num_heads, ", ", rows.size(0), ", up to ",
+                         kMaxTreeNodes, "]");
+        MEDUSA_CHECK_ARG(ids.writeable(), "head_candidates: ids is read-only");
+        const ReleasedLock release;
+        head_candidates(model, rows.as<float>(), rows.size(0), static_cast<int>(out.size(2)),
+                        out.as<int32_t>());
+      },
+      py::arg("model"), py::arg("hidden"), py::arg("ids"));
 }
 
 }  // namespace medusa::python

@@ -204,6 +204,8 @@ void bind_events(py::module_& m) {
       .def_readonly("pages_cached", &SessionStats::pages_cached)
       .def_readonly("steps", &SessionStats::steps)
       .def_readonly("device_steps", &SessionStats::device_steps)
+      .def_readonly("device_step_s", &SessionStats::device_step_s)
+      .def_readonly("device_gap_s", &SessionStats::device_gap_s)
       .def_readonly("set_backs", &SessionStats::set_backs)
       .def_readonly("compactions_across_pages", &SessionStats::compactions_across_pages)
       .def_readonly("weight_bytes", &SessionStats::weight_bytes)

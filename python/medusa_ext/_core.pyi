@@ -100,6 +100,15 @@ def score(
 ) -> None:
     """Fill logits [S, V] and hidden [S, d] (after the final norm); None leaves one out."""
 
+def head_candidates(
+    model: Model, hidden: NDArray[np.float32], ids: NDArray[np.int32]
+) -> None:
+    """Fill ids [num_heads, R, width] with each head's best tokens for hidden [R, d], best first.
+
+    They are what a step at temperature 0 takes for a text whose last hidden state is that row;
+    width is at most 256.
+    """
+
 class TreeSpec:
     """Node 0 is the root; then the paths sorted by (length, path)."""
 
@@ -203,6 +212,8 @@ class SessionStats:
     pages_cached: int
     steps: int
     device_steps: int
+    device_step_s: float
+    device_gap_s: float
     set_backs: int
     compactions_across_pages: int
     weight_bytes: int

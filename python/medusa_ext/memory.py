@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from medusa_ext import _core
-from medusa_ext.device import AUTO_NODES, check_model, kind_of, open_device
+from medusa_ext.calibration.file import auto_tree
+from medusa_ext.device import check_model, kind_of, open_device
 from medusa_ext.loading import Checkpoint, weight_bytes
 from medusa_ext.loading.files import FLOAT_BYTES
 from medusa_ext.options import integer
@@ -21,9 +22,13 @@ _F32 = 4
 # Per row of a pass: token, sequence, position, slot, visible prefix, prompt length, two indices,
 # and a bit for every node of the largest tree.
 _ROW_BYTES = 8 * 4 + _MAX_NODES // 8
-# What CUDA kernels take as they first need it: partial sums of attention (up to 64 MiB) and of
-# products (about as much), the state of the steps, and smaller pieces that these outgrew.
-_KERNEL_BYTES = {"cpu": 0, "cuda": 256 << 20}
+# What CUDA kernels take as they first need it: partial sums of products, the state of the steps,
+# what verifying keeps between kernels, and smaller pieces that these outgrew;
+_KERNEL_BYTES = 256 << 20
+# and partial sums of attention, whose cap and bound are those of tree_attention.cu for the GPUs of
+# today: 64 (2 multiprocessors + kv heads) pairs of a row and a head, one part for 512 tokens.
+_MAX_PARTIAL_BYTES = 512 << 20
+_MULTIPROCESSORS = 160
 # A shorter context than this is no help to anybody.
 _LEAST_CONTEXT = 256
 
@@ -157,7 +162,7 @@ def plan(sizes: Sizes) -> MemoryPlan:
         heads,
         cache_bytes(sizes),
         workspace_bytes(sizes) + _draft_bytes(sizes),
-        _KERNEL_BYTES[sizes.device],
+        _kernel_bytes(sizes),
     )
 
 
@@ -190,6 +195,17 @@ def _draft_bytes(sizes: Sizes) -> int:
     rows = sizes.limits.max_batch * sizes.guesses.heads
     vocab = config["vocab_size"] if heads["shared_lm_head"] else heads["head_vocab"]
     return rows * _F32 * int(2 * config["hidden_size"] + vocab + 2 * _MAX_RANKED)
+
+
+def _kernel_bytes(sizes: Sizes) -> int:
+    """Bytes that kernels of the device need between them, at most."""
+    if sizes.device == "cpu":
+        return 0
+    config = sizes.checkpoint.config
+    pairs = 64 * (2 * _MULTIPROCESSORS + int(config["num_kv_heads"]))
+    parts = 6 + sizes.limits.context // 512
+    partial = parts * (pairs + int(config["num_heads"])) * (int(config["head_dim"]) + 2) * _F32
+    return _KERNEL_BYTES + min(_MAX_PARTIAL_BYTES, partial)
 
 
 def check_memory(sizes: Sizes, backend: _core.Backend) -> None:
@@ -279,7 +295,9 @@ def forecast(
         absent = str(error)
     kind = kind_of(device)
     check_model(checkpoint.config, checkpoint.dtype(dtype), kind)
-    spec = tree_for(checkpoint.config, tree, AUTO_NODES[kind])
+    threads = 0 if backend is None else backend.threads
+    auto = auto_tree(checkpoint, kind, checkpoint.dtype(dtype), threads)
+    spec = tree_for(checkpoint.config, tree, *auto)
     drafter = _core.prompt_lookup_drafter() if guesses else None
     sizes = Sizes(
         checkpoint,

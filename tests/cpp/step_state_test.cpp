@@ -45,7 +45,6 @@ struct Fixture {
     shape.hidden_size = kHidden;
     shape.vocab_size = kVocab;
     shape.tree = spec();
-    shape.max_tokens = 64;
     return shape;
   }
 
@@ -272,6 +271,9 @@ TEST(a_line_advances_ends_and_is_published) {
        tokens);
   const auto active = read(f.stream, state.active, 4);
   CHECK(active == (std::vector<int32_t>{0, 0, 0, 0}));
+  const StepTimes times = f.ring.times(0), next = f.ring.times(1);
+  CHECK(times.began > 0 && times.began <= times.ended);
+  CHECK(times.ended <= next.began && next.began <= next.ended);
   CHECK(f.ring.row(1, 1).result.status == WalkStatus::broken);
   CHECK(f.ring.row(1, 1).result.broken_position == 7 && f.ring.row(1, 1).tokens.empty());
   const auto same = read(f.stream, state.hidden, 4 * kHidden);

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -140,18 +141,16 @@ inline float exp2_approx(float x) {
   return flushed(std::exp2(flushed(x)));
 }
 
-inline uint4 load_streaming16(const void* global, EMU_SITE) {
-  emu::check_aligned16(global, "load_streaming16", EMU_HERE);
-  uint4 v;
-  std::memcpy(&v, global, 16);
-  return v;
-}
-
 inline uint32_t take_ticket(uint32_t* counter) {
   emu::fence();
   const uint32_t old = atomicAdd(counter, 1u);
   emu::fence();
   return old;
+}
+
+inline uint64_t nanoseconds() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return static_cast<uint64_t>(std::chrono::nanoseconds(now).count());
 }
 
 }  // namespace medusa::cuda

@@ -340,6 +340,10 @@ const char* cudaGetErrorString(cudaError_t error) {
   return runtime.message.c_str();
 }
 
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 // ---- memory

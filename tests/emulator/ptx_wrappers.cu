@@ -3,10 +3,12 @@
 // beside it. Built for the emulator, whose twins it tests, and for a GPU.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "backend/cuda/gpu.h"
@@ -247,7 +249,7 @@ TEST(products_f16) {
   check_zeros<__half>();
 }
 
-// ---- exp2_approx, load_streaming16
+// ---- exp2_approx
 
 __global__ void __launch_bounds__(128) exp2_kernel(const float* in, float* out) {
   out[threadIdx.x] = exp2_approx(in[threadIdx.x]);
@@ -273,20 +275,6 @@ TEST(powers_of_two) {
     const double want = std::exp2(double{x[i]});
     CHECK(std::abs(got[i] - want) <= 2 * 0x1p-23 * want);
   }
-}
-
-__global__ void __launch_bounds__(32) load_kernel(const uint4* in, uint4* out) {
-  out[threadIdx.x] = load_streaming16(in + 31 - threadIdx.x);
-}
-
-TEST(streaming_loads) {
-  const Stream stream(0);
-  const Array<uint32_t> in(numbered(128, 5)), out(std::vector<uint32_t>(128));
-  launch(load_kernel, 1, 32, 0, stream.get(), reinterpret_cast<const uint4*>(in.data()),
-         reinterpret_cast<uint4*>(out.data()));
-  stream.synchronize();
-  const std::vector<uint32_t> got = out.values();
-  for (uint32_t i = 0; i < 128; ++i) CHECK(got[i] == 5 + 4 * (31 - i / 4) + i % 4);
 }
 
 // ---- take_ticket: the last block adds up what all wrote
@@ -364,6 +352,29 @@ TEST(overlapped_launches_keep_their_order) {
   CHECK(all_are(4 * kLength));
   CUDA_CHECK(cudaGraphExecDestroy(exec));
   CUDA_CHECK(cudaGraphDestroy(graph));
+}
+
+// ---- nanoseconds
+
+__global__ void __launch_bounds__(32) clock_kernel(uint64_t* out) {
+  if (threadIdx.x == 0) *out = nanoseconds();
+}
+
+TEST(the_clock_is_one_of_nanoseconds) {
+  const Stream stream(0);
+  const Array<uint64_t> out(std::vector<uint64_t>(2));
+  const auto note = [&](int i) {
+    launch(clock_kernel, 1, 32, 0, stream.get(), out.data() + i);
+    stream.synchronize();
+  };
+  note(0);
+  const auto start = std::chrono::steady_clock::now();
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  note(1);
+  const std::chrono::duration<double> most = std::chrono::steady_clock::now() - start;
+  const std::vector<uint64_t> times = out.values();
+  const double seconds = 1e-9 * static_cast<double>(times[1] - times[0]);
+  CHECK(times[0] > 0 && seconds > 0.015 && seconds < most.count() + 1.0);
 }
 
 __global__ void __launch_bounds__(128) much_memory_kernel(uint32_t* out, int num_words) {

@@ -41,6 +41,7 @@ template <class Word>
 __global__ void __launch_bounds__(kThreads)
     compact_kv_kernel(const __grid_constant__ CacheView cache,
                       const __grid_constant__ DeviceMoves moves) {
+  begin_overlapped();
   constexpr auto kWordBytes = static_cast<int64_t>(sizeof(Word));
   const int64_t row_bytes = int64_t{cache.head_dim} * cache.element_bytes;
   const int64_t row_words = row_bytes / kWordBytes;
@@ -136,8 +137,8 @@ void compact_kv(const CacheView& cache, const DeviceMoves& moves, cudaStream_t s
       int64_t{2} * cache.num_layers * cache.num_kv_heads * row_bytes / (wide ? 16 : 4);
   const dim3 grid(blocks_for(words),
                   static_cast<unsigned>(std::min(moves.num_lines, kMaxGridLines)));
-  launch(wide ? compact_kv_kernel<uint4> : compact_kv_kernel<uint32_t>, grid, dim3(kThreads), 0,
-         stream, cache, moves);
+  launch_overlapped(wide ? compact_kv_kernel<uint4> : compact_kv_kernel<uint32_t>, grid,
+                    dim3(kThreads), 0, stream, cache, moves);
 }
 
 // The moves travel in one upload: sequence, len, n [B], path [B, max_path].

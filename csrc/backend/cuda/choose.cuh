@@ -211,12 +211,6 @@ struct Best {
 
 // ---- block-wide steps; blockDim.x is a multiple of 32, every thread calls them
 
-// The kernel before may still run: nothing that it writes is read before this.
-__device__ __forceinline__ void begin_overlapped() {
-  grid_dependency_wait();
-  grid_launch_dependents();
-}
-
 __device__ __forceinline__ Rank warp_min(Rank rank) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) {

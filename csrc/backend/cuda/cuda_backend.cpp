@@ -36,7 +36,7 @@ CudaBackend::CudaBackend(int device)
                    properties.totalGlobalMem >> 20, " MiB");
 }
 
-CudaBackend::~CudaBackend() = default;
+CudaBackend::~CudaBackend() { stream_.drain(); }  // copies may still read what goes first
 
 std::unique_ptr<Resident> CudaBackend::make_resident(const ResidentShape& shape) {
   return std::make_unique<CudaResident>(shape, stream_, staging_);

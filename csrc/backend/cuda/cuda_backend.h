@@ -66,7 +66,7 @@ class CudaBackend final : public Backend {
   std::string name_, detail_;
   Stream stream_;
   Staging staging_;
-  // Of one op each.
+  // Of one op each; uploads of weights borrow linear_partials_.
   Scratch linear_partials_, linear_tickets_, attention_plan_, attention_partials_, top_k_parts_,
       verify_state_, verify_parts_, moves_;
 };

@@ -88,7 +88,8 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
 }
 
 // The same for a kernel that may start while the one before it still runs. Every thread of it must
-// call grid_dependency_wait(), and before that touch nothing but constants and weights.
+// call grid_dependency_wait(), and before that touch nothing but constants and weights. Only these
+// may be const __restrict__: what the kernel before writes changes while this one runs.
 template <class... Params>
 void launch_overlapped(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
                        cudaStream_t stream, std::type_identity_t<Params>... args) {
@@ -184,16 +185,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return result;
 }
 
-// 16 bytes that are read once and that no kernel in flight writes; leaves the first-level cache
-// alone.
-__device__ __forceinline__ uint4 load_streaming16(const void* global) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(global));
-  return v;
-}
-
 // Adds 1 and returns the old value. What the block wrote before the __syncthreads() that precedes
 // this call of one of its threads is seen by whoever draws a later number, after the
 // __syncthreads() that follows: the block that draws the last number may read the work of all.
@@ -206,8 +197,27 @@ __device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
   return old;
 }
 
+// The device's clock, one for all kernels; it may tick as rarely as every microsecond.
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now) : : "memory");
+  return now;
+}
+
 }  // namespace medusa::cuda
 
 #else
 #error "gpu.h is for .cu files: compile with nvcc, or with MEDUSA_CUDA_EMULATED"
 #endif
+
+namespace medusa::cuda {
+
+// First in a small kernel: the kernel before may still run, and nothing that it writes is read
+// before this. The kernel after may start at once, so that its weights are on their way while the
+// one before still runs; it waits for this one, and so for all before.
+__device__ __forceinline__ void begin_overlapped() {
+  grid_launch_dependents();
+  grid_dependency_wait();
+}
+
+}  // namespace medusa::cuda

@@ -7,8 +7,9 @@
 //           splits, the number of blocks, the device) moves work about and changes no bit.
 // Tiles     W is the 16-row operand of the mma and rows of x are its 8 columns, so that few rows
 //           waste little. Narrow: 128 outputs x 8, 16, 32 or 64 rows, 4 warps, two blocks to a
-//           multiprocessor. Wide: 256 outputs x 64 rows, 8 warps, half the traffic of x. Deep: 256
-//           outputs x 128 rows, for prompts and many trees.
+//           multiprocessor. Wide: 256 outputs x 64 rows, 8 warps, half the traffic of x. Deep: 192
+//           outputs x 128 rows, for prompts and many trees. The host takes the one of least
+//           estimated cycles; the choice changes no bit.
 // Pipeline  a stage is 64 inputs of the tile, 16 | 32 KiB of W and 128 bytes of each row of x,
 //           swizzled for ldmatrix, by cp.async; 3 to 5 stages, one barrier each. It runs on over
 //           the units (outputs, split, rows) of a block. A block's first weights are on their way
@@ -20,24 +21,23 @@
 // Traffic   2 N K bytes of W from memory, once for up to 64 rows. From the second-level cache also
 //           x, R / 128 of the bytes of W (wide R / 256), and the sums of splits, written and read,
 //           8 R N each split: 4096 x 4096, R=64: 34 MB of W, 17 of x, 4 + 4 of sums.
-//           Floor at 4.3 TB/s: 12288 x 4096 23.4 us, 4096 x 4096 7.8, 22016 x 4096 41.9,
-//           4096 x 11008 21.0, 32000 x 4096 61. Flops 2 R N K: 64 rows at the floor need 43 % of
-//           the mma rate of 132 multiprocessors, 66 % of that of 86.
-//           Deep: 85 flops a byte of the second-level cache, so 470 TFLOP/s at 5.5 TB/s
-// Occupancy calculated for 132 multiprocessors: units, and MiB of W under way with 1 | 64 rows. A
-//           block keeps 64 | 48 KiB under way, a wide one 96; 4.3 TB/s at 0.8 us need 3.3 MiB.
-//             12288 x 4096   2 splits   192 |  96 wide   12.0 |  9.0
-//              4096 x 4096   4          128 | 128         8.0 |  6.0
-//             22016 x 4096   1          172 |  86 wide   10.8 |  8.1
-//              4096 x 11008  4          128 | 128         8.0 |  6.0
-//             32000 x 4096   1          250 | 125 wide   15.6 | 11.7
-//            128256 x 4096   1         1002 | 501 wide   16.5 | 12.4
+//           Flops 2 R N K: 64 rows at the floor need 43 % of the mma rate of 132 multiprocessors.
+//           Deep: 77 flops a byte of the second-level cache, so 420 TFLOP/s at 5.5 TB/s
+// Estimates for 132 multiprocessors at 1.7 GHz, calculated: floor at 4.3 TB/s, tile and units with
+//           1 | 64 | 512 rows. A block keeps 64 | 48 KiB under way, a wide one 64 | 96; 4.3 TB/s at
+//           0.8 us need 3.3 MiB.
+//             12288 x 4096   2 splits   23.4 us   96 | 96 wide, split | 256 deep
+//              4096 x 4096   4           7.8     128 split | 128 split | 128 wide
+//             22016 x 4096   1          41.9     172 | 86 wide | 460 deep
+//              4096 x 11008  4          21.0     128 split | 128 split | 128 wide
+//             32000 x 4096   1          61.0     250 | 125 wide | 1000 wide
 //           Units that do not fill their last round lose little as long as some 57 are left: they
 //           share the bandwidth of memory, 75 GB/s each.
 // f32       one thread sums one output of one row with fmaf: for tests and small models
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "backend/cuda/columns.h"
 #include "backend/cuda/cuda_backend.h"
@@ -98,11 +98,26 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     cp_async_commit();
   }
   grid_dependency_wait();
-  grid_launch_dependents();
+  grid_launch_dependents();  // not before: the next kernel's weights would only compete with these
+  uint4 held[kAhead][kRowsPerThread<Tile>];  // all loads, then all stores: one round trip
   Cursor first(product);
-#pragma unroll 1
-  for (int stage = 0; stage < kAhead && !first.done(product); ++stage, first.next(product)) {
-    stage_rows<Tile, false>(product, first, rows_of(stage));
+#pragma unroll
+  for (int stage = 0; stage < kAhead; ++stage) {
+    const bool is_there = !first.done(product);
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread<Tile>; ++i) {
+      held[stage][i] =
+          is_there ? load_chunk(product, RowChunk<Tile>(first, i)) : make_uint4(0, 0, 0, 0);
+    }
+    if (is_there) first.next(product);
+  }
+#pragma unroll
+  for (int stage = 0; stage < kAhead; ++stage) {
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread<Tile>; ++i) {
+      const RowChunk<Tile> chunk(first, i);
+      if (chunk.in_tile()) rows_of(stage)[chunk.to()] = held[stage][i];
+    }
   }
 
   int stage = 0;
@@ -129,7 +144,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
         if (!load.done(product)) {
           const int free = stage == 0 ? Tile::kStages - 1 : stage - 1;
           stage_weights<Tile>(product, load, weights_of(free));
-          stage_rows<Tile, true>(product, load, rows_of(free));
+          stage_rows<Tile>(product, load, rows_of(free));
           load.next(product);
         }
         cp_async_commit();
@@ -153,15 +168,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   }
 }
 
+// Estimates by which the host chooses a tile; they change no bit.
+constexpr int64_t kMemoryBytes = 19;  // a cycle for a multiprocessor: 4.3 TB/s for 132 at 1.7 GHz
+constexpr int64_t kGatherCycles = 2000, kGatherRowCycles = 32;  // to store sums, and to add them up
+
 constexpr int kPlainRows = 8;
 
 // Lanes are outputs, warps rows.
 __global__ void __launch_bounds__(kPlainOutputs* kPlainRows)
-    plain_linear_kernel(const float* __restrict__ x, const float* __restrict__ weight,
+    plain_linear_kernel(const float* x, const float* __restrict__ weight,
                         const float* __restrict__ bias, bool accumulate, int64_t num_rows,
-                        int64_t num_inputs, int64_t num_outputs, float* __restrict__ out) {
-  grid_dependency_wait();
-  grid_launch_dependents();
+                        int64_t num_inputs, int64_t num_outputs, float* out) {
+  begin_overlapped();
   const int64_t tiles = (num_outputs + kPlainOutputs - 1) / kPlainOutputs;
   const int64_t output = blockIdx.x % tiles * kPlainOutputs + threadIdx.x % kPlainOutputs;
   const int64_t row = blockIdx.x / tiles * kPlainRows + threadIdx.x / kPlainOutputs;
@@ -212,19 +230,31 @@ void CudaBackend::do_linear(TensorView x, const Weight& weight, TensorView bias,
   product.accumulate = accumulate;
   product.aligned = K % kChunk == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 
-  // Units enough to keep memory and tensor cores busy.
-  const auto occupy = [&](int64_t units) { return 5 * units >= 3 * num_sms_; };
   const auto tiles_of = [&]<class Tile>() {
     return ceil_div(N, Tile::kOutputs) * ceil_div(R, Tile::kTokens);
   };
+  // Cycles, about: rounds of blocks times their stages, or what memory takes; the sums of splits.
+  const auto cycles = [&]<class Tile>(bool split) {
+    const int64_t parts = split ? product.num_splits : 1;
+    const int64_t units = tiles_of.template operator()<Tile>() * parts;
+    const int64_t rounds = ceil_div(units, int64_t{num_sms_} * Tile::kBlocksPerSm);
+    const int64_t stages = rounds * ceil_div(product.num_blocks, parts);
+    return std::max(stages * Tile::stage_cycles(units <= num_sms_),
+                    2 * N * K / (kMemoryBytes * num_sms_)) +
+           (split ? kGatherCycles + kGatherRowCycles * Tile::kTokens : 0);
+  };
+  const auto splits_pay = [&]<class Tile>() {
+    return product.num_splits > 1 && !kSumsInMemory<Tile> &&
+           cycles.template operator()<Tile>(true) < cycles.template operator()<Tile>(false);
+  };
   const auto run = [&]<class T, class Tile>() {
     const int64_t tiles = tiles_of.template operator()<Tile>();
+    const bool split = splits_pay.template operator()<Tile>();
     product.num_row_tiles = static_cast<int>(ceil_div(R, Tile::kTokens));
-    product.unit_splits = occupy(tiles) ? 1 : product.num_splits;
+    product.unit_splits = split ? product.num_splits : 1;
     product.num_units = static_cast<int>(tiles * product.unit_splits);
     const int blocks = std::min(product.num_units, num_sms_ * Tile::kBlocksPerSm);
 
-    const bool split = product.unit_splits > 1;
     if (split || (kSumsInMemory<Tile> && product.num_splits > 1)) {
       const int64_t bytes = int64_t{Tile::kQuads} * Tile::kThreads * sizeof(float4);
       product.partials = static_cast<float4*>(
@@ -242,13 +272,16 @@ void CudaBackend::do_linear(TensorView x, const Weight& weight, TensorView bias,
     if (R <= 16) return run.template operator()<T, Narrow<16>>();
     if (R <= 32) return run.template operator()<T, Narrow<32>>();
     const int smem_bytes = max_smem_bytes(device_);
-    if (R > 64 && occupy(tiles_of.template operator()<Deep>()) && Deep::kSmemBytes <= smem_bytes) {
+    const auto best = [&]<class Tile>() {
+      if (Tile::kSmemBytes > smem_bytes) return std::numeric_limits<int64_t>::max();
+      return cycles.template operator()<Tile>(splits_pay.template operator()<Tile>());
+    };
+    const int64_t narrow = best.template operator()<Narrow<64>>();
+    const int64_t wide = best.template operator()<Wide>();
+    if (R > 64 && best.template operator()<Deep>() <= std::min(narrow, wide)) {
       return run.template operator()<T, Deep>();
     }
-    if (occupy(tiles_of.template operator()<Wide>() * product.num_splits) &&
-        Wide::kSmemBytes <= smem_bytes) {
-      return run.template operator()<T, Wide>();
-    }
+    if (wide <= narrow) return run.template operator()<T, Wide>();
     return run.template operator()<T, Narrow<64>>();
   };
   if (weight.dtype() == DType::f16) {

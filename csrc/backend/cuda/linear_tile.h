@@ -49,6 +49,19 @@ struct Tile {
   static constexpr int kRowsChunks = kTokens * kRowChunks;
   static constexpr int kStageChunks = kWeightChunks + kRowsChunks;
   static constexpr int kSmemBytes = (kStages * kStageChunks + 1) * 16;  // and the ticket
+  // Calculated cycles of a stage where blocks share a multiprocessor and where one has it alone:
+  // what the tensor cores (1024 products a cycle) or shared memory (128 bytes a cycle) need, and
+  // no less than the latency of memory, 1 us, over the stages under way.
+  static constexpr int64_t kMmaCycles = int64_t{kOutputs} * kTokens * kBlockInputs / 1024;
+  static constexpr int64_t kSharedCycles =
+      (2 * kTokenWarps * kWeightChunks + (1 + kOutputWarps) * kRowsChunks) * 16 / 128;
+  static constexpr int64_t kBusyCycles = kMmaCycles > kSharedCycles ? kMmaCycles : kSharedCycles;
+  static constexpr int64_t kLatencyCycles = 1700 / (kStages - 1);
+  static constexpr int64_t stage_cycles(bool alone) {
+    const int64_t busy =
+        alone && kBlocksPerSm > 1 ? kBusyCycles * 5 / 4 : kBusyCycles * kBlocksPerSm;
+    return busy > kLatencyCycles ? busy : kLatencyCycles;
+  }
 
   // Accumulators as the mma has them: [..][..][i] is output lane / 4 + 8 (i / 2), row
   // lane % 4 * 2 + i % 2 of a strip and a column tile.
@@ -122,32 +135,51 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kRowChunks + (chunk ^ row % kRowChunks);
 }
 
-// Brings a stage's rows of x: by copies that finish later (kAsync), or at once. Rows beyond R and
-// inputs beyond K are zeros.
-template <class Tile, bool kAsync>
+// A thread's i-th chunk of a stage's rows of x.
+template <class Tile>
+struct RowChunk {
+  int local, chunk, row, input;
+  __device__ __forceinline__ RowChunk(const Cursor& at, int i) {
+    const int index = i * Tile::kThreads + thread_index();
+    local = index / kRowChunks, chunk = index % kRowChunks;
+    row = at.unit.row_tile * Tile::kTokens + local;
+    input = at.block * kBlockInputs + chunk * kChunk;
+  }
+  __device__ __forceinline__ bool in_tile() const { return local < Tile::kTokens; }
+  __device__ __forceinline__ int to() const { return swizzled(local, chunk); }
+};
+template <class Tile>
+constexpr int kRowsPerThread = (Tile::kRowsChunks + Tile::kThreads - 1) / Tile::kThreads;
+
+// Rows beyond R and inputs beyond K are zeros.
+template <class Tile>
+__device__ __forceinline__ uint4 load_chunk(const Product& product, const RowChunk<Tile>& chunk) {
+  const uint16_t* from = product.x + int64_t{chunk.row} * product.num_inputs + chunk.input;
+  const int count =
+      chunk.in_tile() && chunk.row < product.num_rows ? product.num_inputs - chunk.input : 0;
+  if (product.aligned) {
+    return count > 0 ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  }
+  const auto pair = [&](int k) {
+    const uint32_t low = k < count ? from[k] : 0, high = k + 1 < count ? from[k + 1] : 0;
+    return low | high << 16;
+  };
+  return make_uint4(pair(0), pair(2), pair(4), pair(6));
+}
+
+// Starts copies of a stage's rows of x; where they are not aligned, copies them at once.
+template <class Tile>
 __device__ __forceinline__ void stage_rows(const Product& product, const Cursor& at, uint4* rows) {
 #pragma unroll
-  for (int first = 0; first < Tile::kRowsChunks; first += Tile::kThreads) {
-    const int i = first + thread_index();
-    if (i >= Tile::kRowsChunks) break;
-    const int local = i / kRowChunks, chunk = i % kRowChunks;
-    const int row = at.unit.row_tile * Tile::kTokens + local;
-    const int input = at.block * kBlockInputs + chunk * kChunk;
-    uint4* to = rows + swizzled(local, chunk);
-    const uint16_t* from = product.x + int64_t{row} * product.num_inputs + input;
-    if (!product.aligned) {
-#pragma unroll 1
-      for (int k = 0; k < kChunk; ++k) {
-        const bool valid = row < product.num_rows && input + k < product.num_inputs;
-        reinterpret_cast<uint16_t*>(to)[k] = valid ? from[k] : uint16_t{0};
-      }
-      continue;
-    }
-    const bool valid = row < product.num_rows && input < product.num_inputs;
-    if constexpr (kAsync) {
-      cp_async16(to, from, valid);
+  for (int i = 0; i < kRowsPerThread<Tile>; ++i) {
+    const RowChunk<Tile> chunk(at, i);
+    if (!chunk.in_tile()) break;
+    if (product.aligned) {
+      const bool valid = chunk.row < product.num_rows && chunk.input < product.num_inputs;
+      cp_async16(rows + chunk.to(),
+                 product.x + int64_t{chunk.row} * product.num_inputs + chunk.input, valid);
     } else {
-      *to = valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+      rows[chunk.to()] = load_chunk(product, chunk);
     }
   }
 }

@@ -10,20 +10,6 @@
 #include "medusa/error.h"
 
 namespace medusa::cuda {
-namespace {
-
-VerifyNeeds needs_of(const SamplingParams& sampling, int64_t vocab_size) {
-  const bool sampled = sampling.temperature > 0.0f;
-  VerifyNeeds needs;
-  needs.penalty = sampling.repetition_penalty != 1.0f;
-  needs.typical = sampled && sampling.acceptance == Acceptance::typical;
-  needs.filters = sampled && ((sampling.top_k > 0 && sampling.top_k < vocab_size) ||
-                              sampling.top_p < 1.0 || sampling.min_p > 0.0);
-  return needs;
-}
-
-}  // namespace
-
 Graph::~Graph() {
   if (exec_ != nullptr) static_cast<void>(cudaGraphExecDestroy(exec_));
 }
@@ -58,8 +44,7 @@ CudaResident::CudaResident(const ResidentShape& shape, const Stream& stream, Sta
       line_needs_(static_cast<size_t>(shape.max_lines)) {}
 
 CudaResident::~CudaResident() {
-  // The device may still write to the ring.
-  static_cast<void>(cudaStreamSynchronize(stream_.get()));
+  stream_.drain();  // the device may still write to the ring
 }
 
 void CudaResident::start(const ResidentLine& line) {
@@ -70,10 +55,7 @@ void CudaResident::start(const ResidentLine& line) {
 void CudaResident::set_lines(std::span<const int> lines) {
   needs_ = {};
   for (const int line : lines) {
-    const VerifyNeeds& needs = line_needs_[static_cast<size_t>(line)];
-    needs_.penalty |= needs.penalty;
-    needs_.filters |= needs.filters;
-    needs_.typical |= needs.typical;
+    needs_ |= line_needs_[static_cast<size_t>(line)];
   }
   medusa::cuda::set_lines(state_.view(), lines, staging_, stream_.get());
 }
@@ -86,7 +68,7 @@ void CudaResident::launch(int batch, const std::function<void()>& body) {
   Recorded& recorded = recorded_[{batch, needs}];
   if (recorded.graph.captured()) {
     recorded.graph.launch(stream);
-  } else if (recorded.run_once) {
+  } else if (recorded.run_once && graphs_) {
     recorded.graph.capture(stream, body);
     recorded.graph.launch(stream);
   } else {
@@ -147,6 +129,10 @@ std::vector<Accepted> CudaResident::wait() {
     accepted.path.assign(row.path.begin(), row.path.end());
     accepted.tokens.assign(row.tokens.begin(), row.tokens.end());
   }
+  const auto [began, ended] = ring_.times(num_read_);
+  times_.step_s = 1e-9 * static_cast<double>(ended - began);
+  times_.gap_s = last_ended_ == 0 ? 0.0 : 1e-9 * static_cast<double>(began - last_ended_);
+  last_ended_ = ended;
   unread_.erase(unread_.begin());
   ++num_read_;
   if (broken) throw_broken_logits(*broken);
@@ -154,9 +140,9 @@ std::vector<Accepted> CudaResident::wait() {
 }
 
 void CudaResident::discard() {
+  unread_.clear();
   stream_.synchronize();
   while (ring_.has(num_read_)) ++num_read_;  // a launch that failed half-way published nothing
-  unread_.clear();
 }
 
 void CudaResident::read_hidden(int line, float* hidden) {

@@ -47,6 +47,7 @@ class CudaResident final : public Resident {
   PassRows build_rows(int batch) override;
   void commit(int batch, TensorView logits, TensorView hidden, KvCache& cache) override;
   std::vector<Accepted> wait() override;
+  Times times() const override { return times_; }
   void discard() override;
   void read_hidden(int line, float* hidden) override;
 
@@ -57,6 +58,7 @@ class CudaResident final : public Resident {
   };
 
   const ResidentShape shape_;
+  const bool graphs_ = enabled("MEDUSA_CUDA_GRAPHS");
   const Stream& stream_;
   Staging& staging_;
   OwnedStepState state_;
@@ -67,6 +69,8 @@ class CudaResident final : public Resident {
   std::map<std::pair<int, int>, Recorded> recorded_;  // by batch and needs
   std::vector<int> unread_;  // batches of the steps under way, oldest first
   uint64_t num_read_ = 0;
+  uint64_t last_ended_ = 0;  // nanoseconds, of the step read last
+  Times times_;
 };
 
 }  // namespace medusa::cuda

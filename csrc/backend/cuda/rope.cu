@@ -55,9 +55,9 @@ __device__ __forceinline__ float frequency_of(const RopeArgs& rope, int i, int32
 }
 
 __global__ void __launch_bounds__(kTableThreads)
-    rope_table_kernel(const __grid_constant__ RopeArgs rope, int num_rows,
-                      const int32_t* __restrict__ positions, const int32_t* __restrict__ prompt_len,
-                      float* __restrict__ cos_out, float* __restrict__ sin_out) {
+    rope_table_kernel(const __grid_constant__ RopeArgs rope, int num_rows, const int32_t* positions,
+                      const int32_t* prompt_len, float* cos_out, float* sin_out) {
+  begin_overlapped();
   const int64_t index = int64_t{blockIdx.x} * kTableThreads + threadIdx.x;
   const int64_t row = index / rope.num_pairs;
   if (row >= num_rows) return;
@@ -135,9 +135,8 @@ __device__ __forceinline__ void write_head(const WriteArgs& args, const float* h
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kWriteThreads)
-    rope_write_kernel(const __grid_constant__ WriteArgs args, T* __restrict__ q) {
-  grid_dependency_wait();
-  grid_launch_dependents();
+    rope_write_kernel(const __grid_constant__ WriteArgs args, T* q) {
+  begin_overlapped();
   const CacheView& cache = args.cache;
   const int num_heads = args.num_heads, Hkv = cache.num_kv_heads, D = cache.head_dim;
   const int all_heads = num_heads + 2 * Hkv;
@@ -175,10 +174,10 @@ void CudaBackend::do_rope_table(const Rows& rows, const RopeConfig& rope, Tensor
   args.dynamic_factor = rope.dynamic_factor;
   args.base = rope.base;
   const int64_t blocks = (rows.num_rows * num_pairs + kTableThreads - 1) / kTableThreads;
-  launch(rope_table_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kTableThreads), 0,
-         stream_.get(), args, rows.num_rows, rows.position,
-         rope.dynamic_factor > 0 ? prompt_len.as<int32_t>() : nullptr, cos.as<float>(),
-         sin.as<float>());
+  launch_overlapped(rope_table_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kTableThreads), 0,
+                    stream_.get(), args, rows.num_rows, rows.position,
+                    rope.dynamic_factor > 0 ? prompt_len.as<int32_t>() : nullptr, cos.as<float>(),
+                    sin.as<float>());
 }
 
 void CudaBackend::do_rope_write(TensorView qkv, const Rows& rows, TensorView cos, TensorView sin,

@@ -53,13 +53,6 @@ __device__ __forceinline__ int64_t first_column() {
   return 4 * (int64_t{blockIdx.y} * blockDim.x + threadIdx.x);
 }
 
-// First in every kernel, before it reads what another kernel wrote. The next kernel may then fetch
-// its weights while this one runs.
-__device__ __forceinline__ void begin_overlapped() {
-  grid_dependency_wait();
-  grid_launch_dependents();
-}
-
 __device__ __forceinline__ float sum_squares(const Quad& quad, float sum) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum = fmaf(quad.value[i], quad.value[i], sum);
@@ -68,8 +61,8 @@ __device__ __forceinline__ float sum_squares(const Quad& quad, float sum) {
 
 template <class Out>
 __global__ void __launch_bounds__(kNormThreads)
-    rms_norm_kernel(const float* __restrict__ x, const float* __restrict__ gain, float eps,
-                    int64_t size, bool wide, Out* __restrict__ out) {
+    rms_norm_kernel(const float* x, const float* __restrict__ gain, float eps, int64_t size,
+                    bool wide, Out* out) {
   __shared__ float partial[kWarp];
   const float* row = x + int64_t{blockIdx.x} * size;
   Out* out_row = out + int64_t{blockIdx.x} * size;
@@ -119,8 +112,8 @@ __device__ __forceinline__ float activate(float x, Activation activation) {
 
 template <class Out>
 __global__ void __launch_bounds__(kRowThreads)
-    gated_activation_kernel(const float* __restrict__ gate_up, Activation activation, int64_t size,
-                            bool wide, Out* __restrict__ out) {
+    gated_activation_kernel(const float* gate_up, Activation activation, int64_t size, bool wide,
+                            Out* out) {
   begin_overlapped();
   const float* gate = gate_up + int64_t{blockIdx.x} * 2 * size;
   const int64_t column = first_column();
@@ -133,8 +126,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 template <class Out>
 __global__ void __launch_bounds__(kRowThreads)
-    residual_silu_kernel(const float* __restrict__ y, float* __restrict__ u, int64_t size,
-                         bool wide, Out* __restrict__ copy) {
+    residual_silu_kernel(const float* y, float* u, int64_t size, bool wide, Out* copy) {
   begin_overlapped();
   const int64_t row = int64_t{blockIdx.x} * size, column = first_column();
   const Quad update = load_quad(y + row, column, size, wide);
@@ -147,9 +139,8 @@ __global__ void __launch_bounds__(kRowThreads)
 
 template <class Out>
 __global__ void __launch_bounds__(kRowThreads)
-    gather_rows_kernel(const float* __restrict__ x, int64_t num_rows,
-                       const int32_t* __restrict__ index, int64_t size, bool wide,
-                       Out* __restrict__ out) {
+    gather_rows_kernel(const float* x, int64_t num_rows, const int32_t* index, int64_t size,
+                       bool wide, Out* out) {
   begin_overlapped();
   const int64_t source = index[blockIdx.x], column = first_column();
   Quad quad{};

@@ -2,6 +2,7 @@
 #include "backend/cuda/runtime.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -29,7 +30,14 @@ void check(cudaError_t status, const char* expression, const char* file, int lin
                          slash == nullptr ? file : slash + 1, ":", line));
 }
 
+bool enabled(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr || std::strcmp(value, "0") != 0;
+}
+
 std::string why_unusable(int device) {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0) return "no NVIDIA driver";
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess || count == 0) {
@@ -54,8 +62,10 @@ std::string why_unusable(int device) {
 #ifndef MEDUSA_CUDA_EMULATED
 bool may_overlap(const void* kernel) {
   constexpr int kFirstArchitecture = 90;
-  static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, bool> known;
+  if (!enabled("MEDUSA_CUDA_OVERLAP")) return false;
+  // Never destroyed: at exit another thread may still be in a step.
+  static auto& mutex = *new std::mutex;
+  static auto& known = *new std::map<std::pair<int, const void*>, bool>;
   int device = 0;
   CUDA_CHECK(cudaGetDevice(&device));
   const std::lock_guard<std::mutex> lock(mutex);
@@ -64,6 +74,10 @@ bool may_overlap(const void* kernel) {
     cudaFuncAttributes attributes;
     CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
     entry->second = attributes.ptxVersion >= kFirstArchitecture;
+    // A multiprocessor changes its share of shared memory only when it is empty: one share for all
+    // kernels, or none could start beside another.
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared));
   }
   return entry->second;
 }
@@ -75,8 +89,12 @@ Stream::Stream(int device) : device_(device) {
 }
 
 Stream::~Stream() {
-  static_cast<void>(cudaStreamSynchronize(stream_));
+  drain();
   static_cast<void>(cudaStreamDestroy(stream_));
+}
+
+void Stream::drain() const noexcept {
+  if (cudaSetDevice(device_) == cudaSuccess) static_cast<void>(cudaStreamSynchronize(stream_));
 }
 
 cudaStream_t Stream::get() const {

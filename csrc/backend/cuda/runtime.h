@@ -19,6 +19,11 @@ void check(cudaError_t status, const char* expression, const char* file, int lin
 
 #define CUDA_CHECK(expression) ::medusa::cuda::check((expression), #expression, __FILE__, __LINE__)
 
+// False where the environment variable is 0: switches for finding faults.
+//   MEDUSA_CUDA_OVERLAP  kernels may start while the one before them runs
+//   MEDUSA_CUDA_GRAPHS   steps are recorded and replayed
+bool enabled(const char* name);
+
 // Why `device` cannot be used; empty if it can.
 std::string why_unusable(int device);
 
@@ -36,6 +41,8 @@ class Stream {
   // wants it.
   cudaStream_t get() const;
   void synchronize() const;
+  // The same for destructors: what a failed device says is ignored.
+  void drain() const noexcept;
 
  private:
   int device_ = 0;
@@ -62,6 +69,28 @@ class Scratch {
 
  private:
   std::vector<std::unique_ptr<DeviceBuffer>> buffers_;  // the last one is in use
+};
+
+// Divides one piece of memory, of host or device, into arrays that are 256-byte aligned; without
+// memory it only counts.
+class Divider {
+ public:
+  explicit Divider(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* start = memory_ ? memory_ + num_bytes_ : nullptr;
+    num_bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(start);
+  }
+  template <class T>
+  void place(T*& array, int64_t count) {
+    array = take<T>(count);
+  }
+  int64_t num_bytes() const { return num_bytes_; }
+
+ private:
+  char* memory_;
+  int64_t num_bytes_ = 0;
 };
 
 // Page-locked host memory for uploads of one stream, a ring: the caller's memory is free at once,

@@ -28,8 +28,15 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kMaxRanks = 256;
 
+// In the kernels that may be a step's first.
+__device__ __forceinline__ void note_beginning(const StepState& state) {
+  if (blockIdx.x == 0 && threadIdx.x == 0 && *state.began == 0) *state.began = nanoseconds();
+}
+
 __global__ void __launch_bounds__(kThreads)
     build_rows_kernel(const __grid_constant__ StepState state, int batch) {
+  begin_overlapped();
+  note_beginning(state);
   const DeviceTree& tree = state.tree;
   const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int b = static_cast<int>(row / tree.num_nodes);
@@ -65,6 +72,7 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     advance_kernel(const __grid_constant__ StepState state, int batch) {
+  begin_overlapped();
   const int b = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (b >= batch) return;
   const int line = state.lines[b];
@@ -88,20 +96,23 @@ __device__ __forceinline__ void copy_row(const float* from, float* to, int64_t s
 
 __global__ void __launch_bounds__(kThreads)
     gather_hidden_kernel(const __grid_constant__ StepState state) {
+  note_beginning(state);
   const int64_t b = blockIdx.x, d = state.hidden_size;
   copy_row(state.hidden + state.lines[b] * d, state.batch_hidden + b * d, d);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    keep_hidden_kernel(const __grid_constant__ StepState state, const float* __restrict__ hidden) {
+    keep_hidden_kernel(const __grid_constant__ StepState state, const float* hidden) {
+  begin_overlapped();
   const int64_t row = state.last_row[blockIdx.x], d = state.hidden_size;
   if (row >= 0) copy_row(hidden + row * d, state.hidden + state.lines[blockIdx.x] * d, d);
 }
 
 __global__ void __launch_bounds__(kMaxRanks)
     fill_tree_kernel(const __grid_constant__ StepState state, int batch, int width,
-                     const int32_t* __restrict__ ids, const float* __restrict__ values,
-                     const int32_t* __restrict__ token_map, int64_t map_size) {
+                     const int32_t* ids, const float* values, const int32_t* __restrict__ token_map,
+                     int64_t map_size) {
+  begin_overlapped();
   __shared__ float scores[kMaxRanks];
   __shared__ int32_t ranked[kMaxRanks];
   const DeviceTree& tree = state.tree;
@@ -150,10 +161,11 @@ __global__ void __launch_bounds__(kMaxRanks)
 __global__ void __launch_bounds__(kThreads)
     publish_kernel(const __grid_constant__ StepState state, int batch,
                    const __grid_constant__ Ring ring) {
+  begin_overlapped();
   const uint64_t step = *state.num_steps;
   const auto index = static_cast<int64_t>(step % static_cast<uint64_t>(ring.num_entries));
   char* entry = ring.device_memory + index * ring.entry_bytes();
-  auto* rows = reinterpret_cast<int32_t*>(entry + sizeof(uint64_t));
+  auto* rows = reinterpret_cast<int32_t*>(entry + Ring::kRowsAt);
   const int64_t row_ints = ring.row_ints(), N = ring.num_nodes;
   for (int64_t i = threadIdx.x; i < batch * row_ints; i += kThreads) {
     const int64_t b = i / row_ints, field = i % row_ints - Ring::kResultInts, at = field % N;
@@ -168,6 +180,8 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (threadIdx.x == 0) {
     *state.num_steps = step + 1;
+    *reinterpret_cast<StepTimes*>(entry + sizeof(uint64_t)) = {*state.began, nanoseconds()};
+    *state.began = 0;
     __threadfence_system();
     *reinterpret_cast<volatile uint64_t*>(entry) = step + 1;
   }
@@ -194,24 +208,8 @@ __global__ void __launch_bounds__(kMaxResidentEos)
   state.params[line] = start.params;
 }
 
-// Hands out aligned stretches of one piece of memory; without memory it only counts.
-class Layout {
- public:
-  explicit Layout(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <class T>
-  void place(T*& array, int64_t count) {
-    if (memory_ != nullptr) array = reinterpret_cast<T*>(memory_ + num_bytes_);
-    num_bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-  }
-  int64_t num_bytes() const { return num_bytes_; }
-
- private:
-  char* memory_;
-  int64_t num_bytes_ = 0;
-};
-
 int64_t lay_out(StepState& s, void* memory) {
-  Layout layout(memory);
+  Divider layout(memory);
   const int64_t L = s.num_lines, N = s.tree.num_nodes;
   for (int32_t** array :
        {&s.active, &s.len, &s.root, &s.prompt_len, &s.lines, &s.root_len, &s.last_row}) {
@@ -233,6 +231,7 @@ int64_t lay_out(StepState& s, void* memory) {
   layout.place(s.ancestors, L * N);
   layout.place(s.row_ancestors, L * N);
   layout.place(s.num_steps, 1);
+  layout.place(s.began, 1);
   layout.place(s.tree.rank, N);
   layout.place(s.tree.node_depth, N);
   layout.place(s.tree.first_node, s.tree.depth + 2);
@@ -394,22 +393,26 @@ void fill_tree(const StepState& state, int batch, TensorView ids, TensorView val
                         "fill_tree: candidates ", shape_string(ids), " for depth ",
                         state.tree.depth, " of ", batch);
   if (state.tree.depth == 0) return;
-  launch(fill_tree_kernel,
-         dim3(static_cast<unsigned>(state.tree.depth), static_cast<unsigned>(batch)),
-         dim3(static_cast<unsigned>((width + 31) / 32 * 32)), 0, stream, state, batch,
-         static_cast<int>(width), ids.as<int32_t>(), values.as<float>(), token_map.as<int32_t>(),
-         token_map.size(0));
+  launch_overlapped(fill_tree_kernel,
+                    dim3(static_cast<unsigned>(state.tree.depth), static_cast<unsigned>(batch)),
+                    dim3(static_cast<unsigned>((width + 31) / 32 * 32)), 0, stream, state, batch,
+                    static_cast<int>(width), ids.as<int32_t>(), values.as<float>(),
+                    token_map.as<int32_t>(), token_map.size(0));
 }
 
 void build_rows(const StepState& state, int batch, cudaStream_t stream) {
   check_batch("build_rows", state, batch);
-  launch(build_rows_kernel, dim3(blocks_for(int64_t{batch} * state.tree.num_nodes)), dim3(kThreads),
-         0, stream, state, batch);
+  // The first kernel of a graph has none before it.
+  const auto start =
+      state.tree.depth > 0 ? &launch_overlapped<StepState, int> : &launch<StepState, int>;
+  start(build_rows_kernel, dim3(blocks_for(int64_t{batch} * state.tree.num_nodes)), dim3(kThreads),
+        0, stream, state, batch);
 }
 
 void advance(const StepState& state, int batch, cudaStream_t stream) {
   check_batch("advance", state, batch);
-  launch(advance_kernel, dim3(blocks_for(batch)), dim3(kThreads), 0, stream, state, batch);
+  launch_overlapped(advance_kernel, dim3(blocks_for(batch)), dim3(kThreads), 0, stream, state,
+                    batch);
 }
 
 void keep_hidden(const StepState& state, int batch, TensorView hidden, cudaStream_t stream) {
@@ -417,8 +420,8 @@ void keep_hidden(const StepState& state, int batch, TensorView hidden, cudaStrea
   MEDUSA_CHECK_INTERNAL(hidden.size(0) == int64_t{batch} * state.tree.num_nodes &&
                             hidden.size(1) == state.hidden_size,
                         "keep_hidden: hidden is ", shape_string(hidden));
-  launch(keep_hidden_kernel, dim3(static_cast<unsigned>(batch)), dim3(kThreads), 0, stream, state,
-         hidden.as<float>());
+  launch_overlapped(keep_hidden_kernel, dim3(static_cast<unsigned>(batch)), dim3(kThreads), 0,
+                    stream, state, hidden.as<float>());
 }
 
 void publish(const StepState& state, int batch, const Ring& ring, cudaStream_t stream) {
@@ -426,7 +429,7 @@ void publish(const StepState& state, int batch, const Ring& ring, cudaStream_t s
   MEDUSA_CHECK_INTERNAL(ring.num_lines == state.num_lines && ring.num_nodes == state.tree.num_nodes,
                         "publish: the ring is for ", ring.num_lines, " lines of ", ring.num_nodes,
                         " nodes");
-  launch(publish_kernel, dim3(1), dim3(kThreads), 0, stream, state, batch, ring);
+  launch_overlapped(publish_kernel, dim3(1), dim3(kThreads), 0, stream, state, batch, ring);
 }
 
 PinnedRing::PinnedRing(int num_entries, int num_lines, int num_nodes) {
@@ -456,13 +459,19 @@ bool PinnedRing::has(uint64_t step) const {
 
 PinnedRing::Row PinnedRing::row(uint64_t step, int b) const {
   const auto* ints =
-      reinterpret_cast<const int32_t*>(entry(step) + sizeof(uint64_t)) + b * view_.row_ints();
+      reinterpret_cast<const int32_t*>(entry(step) + Ring::kRowsAt) + b * view_.row_ints();
   Row row;
   std::memcpy(&row.result, ints, sizeof(row.result));
   const auto n = static_cast<size_t>(row.result.num_tokens);
   row.path = {ints + Ring::kResultInts, n};
   row.tokens = {ints + Ring::kResultInts + view_.num_nodes, n};
   return row;
+}
+
+StepTimes PinnedRing::times(uint64_t step) const {
+  StepTimes times;
+  std::memcpy(&times, entry(step) + sizeof(uint64_t), sizeof(times));
+  return times;
 }
 
 }  // namespace medusa::cuda

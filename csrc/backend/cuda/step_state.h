@@ -76,6 +76,7 @@ struct StepState {
   AncestorBits* row_ancestors = nullptr;
 
   uint64_t* num_steps = nullptr;  // [1] published
+  uint64_t* began = nullptr;      // [1] when the step under way did; 0: none is
 
   Resident::PassRows pass_rows(int batch) const;
   VerifyArgs verify_args(int batch) const;  // all but logits, needs and the memory for work
@@ -118,17 +119,23 @@ void advance(const StepState& state, int batch, cudaStream_t stream);
 // hidden [B N, d] f32, of the pass.
 void keep_hidden(const StepState& state, int batch, TensorView hidden, cudaStream_t stream);
 
+// When a step's first kernel began and its last one published, in nanoseconds of the device.
+struct StepTimes {
+  uint64_t began = 0, ended = 0;
+};
+
 // Pinned host memory that the device writes and the host polls. Entry (step % num_entries) holds
-// step + 1 once it is complete, and for every batch row the result, the path and the tokens. The
-// host may have num_entries steps unread, no more.
+// step + 1 once it is complete, its times, and for every batch row the result, the path and the
+// tokens. The host may have num_entries steps unread, no more.
 struct Ring {
   char* device_memory = nullptr;
   int num_entries = 0, num_lines = 0, num_nodes = 0;
 
   static constexpr int kResultInts = sizeof(WalkResult) / sizeof(int32_t);
+  static constexpr int64_t kRowsAt = sizeof(uint64_t) + sizeof(StepTimes);  // bytes
   MEDUSA_HD int64_t row_ints() const { return kResultInts + 2 * int64_t{num_nodes}; }
-  MEDUSA_HD int64_t entry_bytes() const {  // a number of 8 bytes, then the rows
-    return (8 + num_lines * row_ints() * 4 + 63) / 64 * 64;
+  MEDUSA_HD int64_t entry_bytes() const {
+    return (kRowsAt + num_lines * row_ints() * 4 + 63) / 64 * 64;
   }
 };
 
@@ -147,6 +154,7 @@ class PinnedRing {
     std::span<const int32_t> path, tokens;
   };
   Row row(uint64_t step, int b) const;  // of a step that is there
+  StepTimes times(uint64_t step) const;
 
  private:
   const char* entry(uint64_t step) const;

@@ -3,23 +3,22 @@
 //   s[p] = scale * q . K[p];   w = exp(s - max s);   out = sum_p w[p] V[p] / sum_p w[p]
 //   over the logical positions p that the row sees (struct Rows, and its window)
 //
-// Shapes    q [R, H, D] f16 | bf16 in the cache's type, out [R, H, D] f32 | f16 | bf16; D <= 256
-// and
-//           D % 8 == 0, computed in 64, 128 or 256 columns of which those past D are zeros; f32:
+// Shapes    q [R, H, D] f16 | bf16 in the cache's type, out [R, H, D] f32 | f16 | bf16; D <= 256,
+//           D % 8 == 0, computed in 64, 128 or 256 columns, those past D zeros. An f32 cache:
 //           tree_attention_f32.cu
 // Bits      What handles a key depends on its and the row's logical position alone, so a node of a
 //           tree has the bits that it has when its path is decoded or prefilled row by row:
-//             keys before 64 * tail_page(row): 64 at a time, cut at multiples of 64, so a block is
-//             a
-//               page; scores and weighted values by mma.sync, weights in T, softmax online over the
-//               blocks of a split; splits begin at fixed positions (split_first_page)
-//             the tail, 64 to 128 keys, some of which have gaps between their slots: weights f32,
-//               values by fmaf in logical order (tree_attention_tail.h)
-//           and (m, l, o) of the splits, then of the tail, are merged one after another. The tail
+//             keys before 64 * tail_page(row), 64 at a time, cut at multiples of 64 (a block is a
+//             page): scores and weighted values by mma.sync, weights in T, softmax online over the
+//             blocks of a split; splits begin at fixed positions (split_first_page);
+//             the tail, 64 to 128 keys whose slots may have gaps: weights f32, values by fmaf in
+//             logical order (tree_attention_tail.h);
+//           then (m, l, o) of the splits and of the tail are merged one after another. The tail
 //           holds all ancestors: no node is deeper than kMaxTreeDepth = 64, so prefix_len >=
 //           position - 64 >= 64 * tail_page. A row leaves no trace in another: products of a block
 //           that is not for a row, and slots that a row does not see, are left out, not added as
-//           zeros.
+//           zeros. Only where the window cuts a block have its hidden keys weight 0, and V there is
+//           that of a key which another row sees, or zero.
 // Launch    Pairs of (row, head of a group) of one sequence and kv head are packed into tiles of
 //           64, 16 to a warp. prepare_rows makes the list of tiles and items on the device, where
 //           the lengths are, once for all layers. Few tiles: an item is a split of a tile or 16
@@ -27,10 +26,9 @@
 //           the tails of its tile and merges as it goes, with the same arithmetic. A fixed grid of
 //           two blocks an SM, blocks of 4 warps; four slots of 64 keys or values in shared memory
 //           (64 KiB at D = 128), three of them in flight: 96 KiB an SM.
-// Traffic   K and V once for each tile: 4 * S * Hkv * D bytes, 4 * R * H * S * D flops. 7B, 64
-// nodes:
-//           S = 1024 16.8 MB, 3.9 us at 4.3 TB/s, 1.1 GFLOP; and parts, 1.1 MB for each split and
-//           for the tails, written and read in the second-level cache
+// Traffic   K and V once for each tile, 4 S Hkv D bytes; 4 R H S D flops. 7B, 64 nodes, S = 1024:
+//           16.8 MB, 3.9 us at 4.3 TB/s, and 1.1 GFLOP; besides 1.1 MB of parts for each split and
+//           for the tails, written and read again in the second-level cache
 // Source    FlashAttention-2, arXiv:2307.08691; Flash-Decoding
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
@@ -45,7 +43,7 @@ namespace medusa::cuda {
 namespace {
 
 constexpr int kPlanThreads = 256;
-constexpr int64_t kMaxPartialBytes = int64_t{128} << 20;
+constexpr int64_t kMaxPartialBytes = int64_t{512} << 20;
 constexpr int kMergeWarps = 4;
 
 // Columns of the kernel that serves this head size.
@@ -96,7 +94,7 @@ struct PlanArgs {
 // One block: runs of rows of one sequence, their tiles, and the items of these, long splits first.
 __global__ void __launch_bounds__(kPlanThreads) attention_plan_kernel(PlanArgs args) {
   __shared__ int warp_sums[kPlanThreads / kWarp];
-  grid_dependency_wait();
+  begin_overlapped();
   const AttentionPlan& plan = args.plan;
   const int thread = static_cast<int>(threadIdx.x);
   const auto starts_run = [&](int row) {
@@ -187,8 +185,7 @@ __global__ void __launch_bounds__(kPlanThreads) attention_plan_kernel(PlanArgs a
 template <int kColumns>
 __global__ void __launch_bounds__(kMergeWarps* kWarp)
     merge_parts_kernel(const __grid_constant__ AttentionArgs args) {
-  grid_dependency_wait();
-  grid_launch_dependents();
+  begin_overlapped();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t pair = int64_t{blockIdx.x} * kMergeWarps + static_cast<int>(threadIdx.x) / kWarp;
   if (pair >= int64_t{args.num_rows} * args.num_heads) return;
@@ -198,33 +195,36 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp)
   const int splits =
       num_splits(tail_page(args.position[row], args.prefix_len[row], args.cache.max_pages));
 
-  constexpr int kAtOnce = 4;
+  // A lane reads (m, l) of one part for all; then the columns of several parts are on their way.
+  constexpr int kAtOnce = 32 / kColumns;
+  const auto part_of = [&](int i) { return i < splits ? 1 + i : 0; };
   float m = -INFINITY, l = 0.0f, o[kColumns] = {};
-  for (int first = 0; first <= splits; first += kAtOnce) {
-    float2 ml[kAtOnce];
-    Columns<kColumns> columns[kAtOnce] = {};
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int part = first + i < splits ? 1 + first + i : 0;
-      ml[i] = first + i <= splits ? args.partial_ml[args.partial(part, row, head)]
-                                  : make_float2(-INFINITY, 0.0f);
+  for (int round = 0; round <= splits; round += kWarp) {
+    float2 own = make_float2(-INFINITY, 0.0f);
+    if (round + lane <= splits) {
+      own = args.partial_ml[args.partial(part_of(round + lane), row, head)];
     }
+    for (int first = 0; first < kWarp && round + first <= splits; first += kAtOnce) {
+      float2 ml[kAtOnce];
+      Columns<kColumns> columns[kAtOnce] = {};
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int part = first + i < splits ? 1 + first + i : 0;
-      if (ml[i].x != -INFINITY && column < head_dim) {
-        columns[i] = load_columns<kColumns>(args.partial_o +
-                                            args.partial(part, row, head) * head_dim + column);
+      for (int i = 0; i < kAtOnce; ++i) {
+        ml[i].x = __shfl_sync(kAllLanes, own.x, first + i);
+        ml[i].y = __shfl_sync(kAllLanes, own.y, first + i);
+        if (ml[i].x != -INFINITY && column < head_dim) {
+          const int64_t at = args.partial(part_of(round + first + i), row, head);
+          columns[i] = load_columns<kColumns>(args.partial_o + at * head_dim + column);
+        }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (ml[i].x == -INFINITY) continue;
-      const MergeScale merge(m, l, ml[i].x, ml[i].y);
-      m = merge.m;
-      l = merge.l;
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (ml[i].x == -INFINITY) continue;
+        const MergeScale merge(m, l, ml[i].x, ml[i].y);
+        m = merge.m;
+        l = merge.l;
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) o[c] = merge(o[c], columns[i].value[c]);
+        for (int c = 0; c < kColumns; ++c) o[c] = merge(o[c], columns[i].value[c]);
+      }
     }
   }
   store_result(args, row, head, column, o, l);
@@ -242,6 +242,15 @@ struct PlanShape {
 int64_t partial_bytes(int64_t num_rows, int64_t num_heads, const KvCache& cache) {
   return (1 + int64_t{num_splits(cache.max_pages)}) * num_rows * num_heads *
          (cache.shape.head_dim + 2) * 4;
+}
+
+// The greatest of them where blocks do not walk: allocated at once, since what recorded steps point
+// to is never given back. python/medusa_ext/memory.py plans for it.
+int64_t max_partial_bytes(int64_t num_heads, const KvCache& cache, int num_sms) {
+  const int64_t pairs =
+      kTilePairs * (int64_t{kMaxBlocksPerSm} * num_sms + cache.shape.num_kv_heads);
+  return std::min(kMaxPartialBytes,
+                  partial_bytes((pairs + num_heads - 1) / num_heads, num_heads, cache));
 }
 
 PlanShape plan_shape(int64_t num_rows, int64_t group, const KvCache& cache, int num_sms) {
@@ -347,7 +356,7 @@ void CudaBackend::do_tree_attention(TensorView q, const KvCache& cache, int laye
   const int64_t pairs = int64_t{args.num_rows} * args.num_heads;
   args.partial_o = static_cast<float*>(attention_partials_.at_least(
       plan.walk ? int64_t{kMaxBlocksPerSm} * num_sms_ * kTilePairs * columns_of(shape.head_dim) * 4
-                : partial_bytes(args.num_rows, args.num_heads, cache),
+                : max_partial_bytes(args.num_heads, cache, num_sms_),
       stream_.get()));
   if (!plan.walk) {
     args.partial_ml = reinterpret_cast<float2*>(args.partial_o + parts * pairs * shape.head_dim);

@@ -35,8 +35,7 @@ __device__ int ancestor_slot(const SeenRow& seen, const uint64_t* ancestors, int
 
 __global__ void __launch_bounds__(kWarps* kWarp)
     tree_attention_f32_kernel(const __grid_constant__ AttentionArgs args) {
-  grid_dependency_wait();
-  grid_launch_dependents();
+  begin_overlapped();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t pair = int64_t{blockIdx.x} * kWarps + static_cast<int>(threadIdx.x) / kWarp;
   if (pair >= int64_t{args.num_rows} * args.num_heads) return;

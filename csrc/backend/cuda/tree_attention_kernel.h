@@ -125,8 +125,9 @@ struct TileAttention {
     }
     warp_first = __reduce_min_sync(kAllLanes, warp_first);
     warp_end = __reduce_max_sync(kAllLanes, warp_end);
-    for (int i = lane(); i < item().num_pairs; i += kWarp)
+    for (int i = lane(); i < item().num_pairs; i += kWarp) {
       block_first = min(block_first, rows()[i].first);
+    }
     block_first = __reduce_min_sync(kAllLanes, block_first);
 
     float o[kD / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {};
@@ -350,8 +351,7 @@ template <class T, int kD, bool kWalk>
 __global__ void __launch_bounds__(kAttentionThreads, AttentionLayout<kD, kWalk>::kBlocksPerSm)
     tree_attention_kernel(const __grid_constant__ AttentionArgs args) {
   MEDUSA_DYNAMIC_SHARED(char, shared);
-  grid_dependency_wait();
-  grid_launch_dependents();
+  begin_overlapped();
   TileAttention<T, kD, kWalk> work{args, shared, {}};
   Queries<kD> queries;
   const int num_items = *args.plan.num_items, num_kv_heads = args.cache.num_kv_heads;

@@ -15,34 +15,34 @@ constexpr int kTailItemPairs = 16;  // the same where a block has nothing to do 
 constexpr int kTailKeys = 128;      // most keys of a tail
 constexpr int kMaxBlocksPerSm = 2;
 
-// Splits begin at positions 0, 256, 512, 768, 1024, then every 1024 to 8192, every 2048 to 32768,
-// every 4096: short ones give a short context enough blocks, long ones keep the partial results of
-// a long one small beside the cache. In pages:
+// Splits begin at positions 0, 256, 512, 768, 1024, then every 512 to 8192, every 1024 to 32768,
+// every 2048: short ones give one row enough blocks, long ones keep the partial results of a long
+// context small beside the cache. In pages:
 MEDUSA_HD constexpr int split_first_page(int split) {
   if (split <= 4) return 4 * split;
-  if (split <= 11) return 16 * (split - 3);
-  if (split <= 23) return 128 + 32 * (split - 11);
-  return 512 + 64 * (split - 23);
+  if (split <= 18) return 8 * (split - 2);
+  if (split <= 42) return 128 + 16 * (split - 18);
+  return 512 + 32 * (split - 42);
 }
 
 // Splits that begin before this page.
 MEDUSA_HD constexpr int num_splits(int pages) {
   if (pages <= 16) return (pages + 3) / 4;
-  if (pages <= 128) return 3 + (pages + 15) / 16;
-  if (pages <= 512) return 11 + (pages - 128 + 31) / 32;
-  return 23 + (pages - 512 + 63) / 64;
+  if (pages <= 128) return 2 + (pages + 7) / 8;
+  if (pages <= 512) return 18 + (pages - 128 + 15) / 16;
+  return 42 + (pages - 512 + 31) / 32;
 }
 
 MEDUSA_HD constexpr bool starts_split(int page) {
   return split_first_page(num_splits(page)) == page;
 }
 
-static_assert(split_first_page(4) == 16 && split_first_page(5) == 32);
-static_assert(split_first_page(11) == 128 && split_first_page(12) == 160);
-static_assert(split_first_page(23) == 512 && split_first_page(24) == 576);
+static_assert(split_first_page(4) == 16 && split_first_page(5) == 24);
+static_assert(split_first_page(18) == 128 && split_first_page(19) == 144);
+static_assert(split_first_page(42) == 512 && split_first_page(43) == 544);
 static_assert(num_splits(0) == 0 && num_splits(16) == 4 && num_splits(17) == 5);
-static_assert(num_splits(128) == 11 && num_splits(129) == 12);
-static_assert(num_splits(512) == 23 && num_splits(513) == 24 && num_splits(577) == 25);
+static_assert(num_splits(128) == 18 && num_splits(129) == 19);
+static_assert(num_splits(512) == 42 && num_splits(513) == 43 && num_splits(545) == 44);
 
 // The page where the tail of a row begins: 64 to 128 keys before and at its position. All keys
 // before it belong to the prefix: 64 * tail_page <= position - 64 <= position - depth = prefix_len.

@@ -53,6 +53,7 @@ struct SeenRow {
   int end_page = 0, first = 0;
   int tail_begin = 0, prefix_len = 0;
   int num_tail_keys = 0;
+  uint32_t rest[3] = {};  // 72 bytes, so that lanes that read a field of many rows use many banks
 
   // The slots of the tail that lie on this page.
   __device__ uint64_t tail_mask(int page) const {

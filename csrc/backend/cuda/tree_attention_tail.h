@@ -6,10 +6,10 @@
 // are added slot by slot, which is the logical order, a row skipping the slots that it does not
 // see. The pairs of a warp share the loads of V.
 //
-// Cost      per pair 2 * 96 * D flops for scores on the tensor cores and 96 D fma for values: 7B,
-//           64 nodes: 25 Mfma a layer, 0.9 us at 28.7 Tfma/s (132 SMs, 128 a cycle, 1.7 GHz), and
-//           as much again for the loads of V that 4 pairs share; 8B, whose groups share all loads,
-//           the same fma and a quarter of the loads
+// Cost      A pair of (row, head) with 96 keys: 192 D flops on the tensor cores for scores, 96 D
+//           fma for values. 7B, 64 nodes: 25 Mfma a layer, 0.9 us at 28.7 Tfma/s (132 SMs, 128 a
+//           cycle, 1.7 GHz); 4 pairs share a load of V, 12.6 MB from shared memory. 8B: the same
+//           fma; the heads of a group see the same slots, so none of them is idle
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -44,8 +44,9 @@ struct Tail {
 
   __device__ int next_page(int page) const {
     int next = kNoPage;
-    for (int i = lane(); i < item.num_pairs; i += kWarp)
+    for (int i = lane(); i < item.num_pairs; i += kWarp) {
       next = min(next, rows[i].next_tail_page(page));
+    }
     return __reduce_min_sync(kAllLanes, next);
   }
 
@@ -109,8 +110,9 @@ struct Tail {
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
       const int pair = warp() * kPairs + k;
-      if (pair < item.num_pairs)
+      if (pair < item.num_pairs) {
         emit(pair, weighed ? ml[pair] : make_float2(-INFINITY, 0.0f), o[k]);
+      }
     }
   }
 

@@ -123,23 +123,6 @@ __global__ void __launch_bounds__(kMarkThreads)
   if (token < vocab) atomicOr(&history[line * words + token / 32], 1u << token % 32);
 }
 
-// Hands out arrays of one piece of memory, 256-byte aligned; null memory only counts.
-class Divider {
- public:
-  explicit Divider(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* start = memory_ ? memory_ + num_bytes_ : nullptr;
-    num_bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return reinterpret_cast<T*>(start);
-  }
-  int64_t num_bytes() const { return num_bytes_; }
-
- private:
-  char* memory_;
-  int64_t num_bytes_ = 0;
-};
-
 // What do_verify sends: host and device hold it alike.
 struct Request {
   LineParams* params;
@@ -227,21 +210,17 @@ void fill_request(std::span<const VerifyItem> items, const RequestSizes& sizes,
   request.history_first[items.size()] = history;
 }
 
-VerifyNeeds needs_of(std::span<const VerifyItem> items) {
+}  // namespace
+
+VerifyNeeds needs_of(const SamplingParams& sampling, int64_t vocab) {
   VerifyNeeds needs;
-  for (const VerifyItem& item : items) {
-    const SamplingParams& sampling = *item.sampling;
-    needs.penalty |= needs_history(item);
-    if (sampling.temperature == 0.0f) continue;
-    const bool is_typical = sampling.acceptance == Acceptance::typical;
-    needs.typical |= is_typical;
-    needs.filters |=
-        !is_typical && (sampling.top_k > 0 || sampling.top_p < 1.0 || sampling.min_p > 0.0);
-  }
+  needs.penalty = sampling.repetition_penalty != 1.0f;
+  if (sampling.temperature == 0.0f) return needs;
+  needs.typical = sampling.acceptance == Acceptance::typical;
+  needs.filters = !needs.typical && ((sampling.top_k > 0 && sampling.top_k < vocab) ||
+                                     sampling.top_p < 1.0 || sampling.min_p > 0.0);
   return needs;
 }
-
-}  // namespace
 
 LineParams line_params(const SamplingParams& sampling, int first_eos, int num_eos) {
   LineParams params;
@@ -302,7 +281,7 @@ void CudaBackend::do_verify(TensorView logits, std::span<const VerifyItem> items
   args.vocab = logits.size(1);
   args.batch = sizes.batch;
   args.max_nodes = sizes.max_nodes;
-  args.needs = needs_of(items);
+  for (const VerifyItem& item : items) args.needs |= needs_of(*item.sampling, args.vocab);
   const int64_t history_bytes =
       args.needs.penalty ? sizes.batch * ((args.vocab + 31) / 32) * int64_t{4} : 0;
 

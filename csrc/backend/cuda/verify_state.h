@@ -66,7 +66,12 @@ struct ChoicePart {
 // Which lines there may be. Kernels that none of them needs are not launched.
 struct VerifyNeeds {
   bool penalty = false, filters = false, typical = false;
+  VerifyNeeds& operator|=(const VerifyNeeds& other) {
+    penalty |= other.penalty, filters |= other.filters, typical |= other.typical;
+    return *this;
+  }
 };
+VerifyNeeds needs_of(const SamplingParams& sampling, int64_t vocab);
 
 // B rows of the batch, trees of up to `max_nodes` nodes.
 struct VerifyArgs {

@@ -49,10 +49,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    embed_kernel(const int32_t* __restrict__ tokens, const T* __restrict__ weight,
-                 int64_t num_outputs, int64_t num_inputs, float scale, float* __restrict__ out) {
-  grid_dependency_wait();
-  grid_launch_dependents();
+    embed_kernel(const int32_t* tokens, const T* __restrict__ weight, int64_t num_outputs,
+                 int64_t num_inputs, float scale, float* out) {
+  begin_overlapped();
   const int64_t token = tokens[blockIdx.x];
   const bool known = token >= 0 && token < num_outputs;
   float* row = out + int64_t{blockIdx.x} * num_inputs;
