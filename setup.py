@@ -52,5 +52,14 @@ class CMakeBuild(build_ext):
         target = ext.name.rpartition(".")[2]
         subprocess.run(["cmake", "--build", str(build), "--target", target], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """In an editable install the module is loaded from the sources, and its library too."""
+        super().copy_extensions_to_source()
+        package = Path(self.get_finalized_command("build_py").get_package_dir("medusa_ext"))
+        built = Path(self.build_lib, "medusa_ext", "libmedusa_cuda.so")
+        (package / built.name).unlink(missing_ok=True)  # an earlier build's
+        if built.exists():
+            shutil.copy2(built, package)
+
 
 setup(ext_modules=[CMakeExtension("medusa_ext._core")], cmdclass={"build_ext": CMakeBuild})

@@ -2,6 +2,7 @@
 #include "arguments.h"
 
 #include <algorithm>
+#include <csignal>
 #include <iostream>
 #include <sstream>
 
@@ -9,6 +10,8 @@
 
 namespace medusa::bench {
 namespace {
+
+volatile std::sig_atomic_t stop_signal = 0;
 
 std::vector<std::string> split(const std::string& text) {
   std::vector<std::string> parts;
@@ -37,7 +40,7 @@ Common take_common(Arguments& args) {
   MEDUSA_CHECK_ARG(common.backend.device != "auto", "--device: name the device, cpu or cuda");
   common.backend.threads = args.count("--threads", 0, 1, 1024);
   common.backend.isa = args.text("--isa", "");
-  common.shapes = split(args.text("--shape", ""));
+  common.shapes = args.texts("--shape");
   for (const std::string& name : split(args.text("--dtype", "bf16"))) {
     common.dtypes.push_back(parse_dtype(name));
     MEDUSA_CHECK_ARG(common.dtypes.back() != DType::i32, "--dtype: i32 is no weight's type");
@@ -92,6 +95,8 @@ std::vector<int> Arguments::counts(const std::string& name, const std::vector<in
   return values.empty() ? otherwise : values;
 }
 
+std::vector<std::string> Arguments::texts(const std::string& name) { return split(text(name, "")); }
+
 double Arguments::positive(const std::string& name, double otherwise) {
   const std::string value = text(name, "");
   if (value.empty()) return otherwise;
@@ -122,6 +127,7 @@ int run_program(const char* name, const std::string& usage, int argc, char** arg
       std::cout << usage << kCommonUsage;
       return 0;
     }
+    std::signal(SIGTERM, [](int) { stop_signal = 1; });
     Common common = take_common(args);
     common.command = name;
     for (const std::string& word : words) common.command += " " + word;
@@ -135,5 +141,7 @@ int run_program(const char* name, const std::string& usage, int argc, char** arg
     return 1;
   }
 }
+
+bool stop_requested() { return stop_signal != 0; }
 
 }  // namespace medusa::bench

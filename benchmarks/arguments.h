@@ -19,6 +19,7 @@ class Arguments {
   int count(const std::string& name, int otherwise, int low, int high);
   std::vector<int> counts(const std::string& name, const std::vector<int>& otherwise, int low,
                           int high);                           // separated by commas
+  std::vector<std::string> texts(const std::string& name);     // separated by commas
   double positive(const std::string& name, double otherwise);  // in the unit of the name
   std::string positional();                                    // "": none
   void finish() const;                                         // ArgumentError: something is left
@@ -46,8 +47,12 @@ struct Common {
 // Their lines of a usage text.
 extern const char* const kCommonUsage;
 
-// Exit status: 2 for a wrong command line, 1 for a failure.
+// Exit status: 2 for a wrong command line, 1 for a failure. SIGTERM ends nothing at once, see
+// stop_requested().
 int run_program(const char* name, const std::string& usage, int argc, char** argv,
                 const std::function<void(Arguments&, Common&)>& body);
+
+// Whether somebody, such as timeout, has asked the program to end: it prints what it has and does.
+bool stop_requested();
 
 }  // namespace medusa::bench

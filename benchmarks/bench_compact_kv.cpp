@@ -110,13 +110,16 @@ void bench(Arguments& args, Common& common) {
   for (const NamedShape& shape : shapes) {
     for (const DType dtype : common.dtypes) {
       for (const int batch : batches) {
-        Bench one(common, *backend, shape, dtype, batch);
-        one.check();
-        const Samples seconds =
-            time_op(*backend, common, false, [&](int i) { one.compact(i % one.places()); });
-        report.add("compact_kv",
-                   concat(shape.name, " ", batch, " x ", kPath.size() - 1, " rows moved"),
-                   dtype_name(dtype), seconds, one.cost().num_bytes, one.cost().flops);
+        const std::string text =
+            concat(shape.name, " ", batch, " x ", kPath.size() - 1, " rows moved");
+        report.attempt("compact_kv", text, dtype_name(dtype), [&] {
+          Bench one(common, *backend, shape, dtype, batch);
+          one.check();
+          const Samples seconds =
+              time_op(*backend, common, false, [&](int i) { one.compact(i % one.places()); });
+          report.add("compact_kv", text, dtype_name(dtype), seconds, one.cost().num_bytes,
+                     one.cost().flops);
+        });
       }
     }
   }

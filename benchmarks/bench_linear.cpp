@@ -18,14 +18,22 @@ struct Product {
   int64_t N, K;
 };
 
-std::vector<Product> products_of(const NamedShape& s) {
+constexpr const char* kProductNames = "qkv, o, gate_up, down, lm_head";
+
+// Those of one model that `wanted` names; all if it names none.
+std::vector<Product> products_of(const NamedShape& s, const std::vector<std::string>& wanted) {
   const int64_t q = int64_t{s.heads} * s.head_dim, kv = int64_t{s.kv_heads} * s.head_dim;
-  const std::string model = std::string(s.name) + " ";
-  return {{model + "qkv", q + 2 * kv, s.hidden},
-          {model + "o", s.hidden, q},
-          {model + "gate_up", int64_t{2} * s.mlp, s.hidden},
-          {model + "down", s.hidden, s.mlp},
-          {model + "lm_head", s.vocab, s.hidden}};
+  std::vector<Product> products{{"qkv", q + 2 * kv, s.hidden},
+                                {"o", s.hidden, q},
+                                {"gate_up", int64_t{2} * s.mlp, s.hidden},
+                                {"down", s.hidden, s.mlp},
+                                {"lm_head", s.vocab, s.hidden}};
+  const auto is_wanted = [&](const Product& product) {
+    return wanted.empty() || std::find(wanted.begin(), wanted.end(), product.name) != wanted.end();
+  };
+  std::erase_if(products, [&](const Product& product) { return !is_wanted(product); });
+  for (Product& product : products) product.name = concat(s.name, " ", product.name);
+  return products;
 }
 
 // Some outputs of some rows against sums in f64, and all against NaN, which they were before.
@@ -67,7 +75,7 @@ void run(const Common& common, Backend& backend, const Product& product, DType d
     copies.push_back(backend.make_weight(N, K, dtype));
     backend.pack(*copies.back(), 0, TensorView(values.data(), dtype, N, K));
   }
-  for (const int R : row_counts) {
+  const auto run_rows = [&](const std::string& shape, int R) {
     const HostArray x(normal, act, R * K, 1.0f);
     const DeviceArray in(backend, TensorView(nullptr, act, R, K), x.data());
     const DeviceArray out(backend, TensorView(nullptr, DType::f32, R, N));
@@ -81,8 +89,11 @@ void run(const Common& common, Backend& backend, const Product& product, DType d
                      false, out.view());
     });
     const Cost cost = linear_cost(R, N, K, copies[0]->num_bytes(), act);
-    report.add("linear", concat(product.name, " [", N, ", ", K, "] x ", R), dtype_name(dtype),
-               seconds, cost.num_bytes, cost.flops);
+    report.add("linear", shape, dtype_name(dtype), seconds, cost.num_bytes, cost.flops);
+  };
+  for (const int R : row_counts) {
+    const std::string shape = concat(product.name, " [", N, ", ", K, "] x ", R);
+    report.attempt("linear", shape, dtype_name(dtype), [&] { run_rows(shape, R); });
   }
 }
 
@@ -94,13 +105,21 @@ void bench(Arguments& args, Common& common) {
   std::vector<int> rows{1, 2, 4, 8, 16, 32, 64, 512};
   if (common.quick) rows = {1, 16, 64};
   rows = args.counts("--rows", rows, 1, 8192);
+  const std::vector<std::string> names = args.texts("--product");
   args.finish();
   const std::vector<NamedShape> shapes = find_shapes(common.shapes);
+  for (const NamedShape& shape : shapes) {
+    MEDUSA_CHECK_ARG(names.empty() || products_of(shape, names).size() == names.size(),
+                     "--product: wanted some of ", kProductNames, ", each once");
+  }
   const std::shared_ptr<Backend> backend = make_backend(common.backend);
   Report report("bench_linear", common, *backend);
   for (const NamedShape& shape : shapes) {
-    for (const Product& product : products_of(shape)) {
-      for (const DType dtype : common.dtypes) run(common, *backend, product, dtype, rows, report);
+    for (const Product& product : products_of(shape, names)) {
+      for (const DType dtype : common.dtypes) {
+        report.attempt("linear", product.name, dtype_name(dtype),
+                       [&] { run(common, *backend, product, dtype, rows, report); });
+      }
     }
   }
   report.finish();
@@ -112,7 +131,8 @@ void bench(Arguments& args, Common& common) {
 int main(int argc, char** argv) {
   using namespace medusa::bench;
   const std::string usage = medusa::concat(
-      "usage: bench_linear [--shape NAME,...] [--rows 1,64,...] [options]\n  NAME: ", kShapeNames,
-      "\n");
+      "usage: bench_linear [--shape NAME,...] [--product PRODUCT,...] [--rows 1,64,...] [options]\n"
+      "  NAME: ",
+      kShapeNames, "\n  PRODUCT: ", kProductNames, "\n");
   return run_program("bench_linear", usage, argc, argv, bench);
 }

@@ -186,7 +186,9 @@ void bench(Arguments& args, Common& common) {
       for (const int batch : batches) {
         for (const int context : contexts) {
           for (const int count : nodes) {
-            run(common, *backend, {shape, context, count, batch, dtype}, report);
+            const Case one{shape, context, count, batch, dtype};
+            report.attempt("tree_attention", one.text(), dtype_name(dtype),
+                           [&] { run(common, *backend, one, report); });
           }
         }
       }

@@ -2,6 +2,7 @@
 // way of choosing; typical acceptance is one of them. The call waits for its result, so the times
 // hold the way to the device and back. See README.md.
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <random>
 #include <string>
 #include <utility>
@@ -16,11 +17,14 @@ namespace medusa::bench {
 namespace {
 
 struct Mode {
-  const char* name;
+  std::string name;
   SamplingParams sampling;
 };
 
-std::vector<Mode> modes() {
+constexpr const char* kModeNames = "greedy, temperature, top-k, top-p, typical";
+
+// Those that `wanted` names, by the first word of theirs; all if it names none.
+std::vector<Mode> modes(const std::vector<std::string>& wanted) {
   SamplingParams greedy, warm, top_k, top_p, typical;
   warm.temperature = top_k.temperature = top_p.temperature = 0.8f;
   typical.temperature = 0.7f;
@@ -28,11 +32,16 @@ std::vector<Mode> modes() {
   top_k.top_k = 50;
   top_p.top_p = 0.95;
   typical.acceptance = Acceptance::typical;
-  return {{"greedy", greedy},
-          {"temperature 0.8", warm},
-          {"top-k 50", top_k},
-          {"top-p 0.95", top_p},
-          {"typical", typical}};
+  std::vector<Mode> modes{{"greedy", greedy},
+                          {"temperature 0.8", warm},
+                          {"top-k 50", top_k},
+                          {"top-p 0.95", top_p},
+                          {"typical", typical}};
+  std::erase_if(modes, [&](const Mode& mode) {
+    const std::string word = mode.name.substr(0, mode.name.find(' '));
+    return !wanted.empty() && std::find(wanted.begin(), wanted.end(), word) == wanted.end();
+  });
+  return modes;
 }
 
 // One tree and its logits, on the backend under test and on the CPU.
@@ -68,8 +77,8 @@ DraftTree make_tree(const Judge& judge, int num_nodes, int depth, int vocab_size
   return tree;
 }
 
-void run(const Common& common, Backend& backend, Backend& cpu, int num_nodes, int vocab_size,
-         Report& report) {
+void run(const Common& common, Backend& backend, Backend& cpu, const std::vector<Mode>& modes,
+         int num_nodes, int vocab_size, Report& report) {
   constexpr int kDepth = 3;
   NormalValues normal(2);
   const int64_t count = int64_t{num_nodes} * vocab_size;
@@ -80,12 +89,12 @@ void run(const Common& common, Backend& backend, Backend& cpu, int num_nodes, in
   for (int i = 0; i < cold_copies(common, count * 4); ++i) {
     copies.push_back(std::make_unique<DeviceArray>(backend, shape, values.data()));
   }
-  for (const auto& [name, sampling] : modes()) {
+  const auto run_mode = [&](const std::string& text, const SamplingParams& sampling) {
     const Judge wanted(cpu, host.view(), sampling);
     const DraftTree tree = make_tree(wanted, num_nodes, kDepth, vocab_size);
     const Accepted want = wanted.walk(tree);
     const Accepted found = Judge(backend, copies.back()->view(), sampling).walk(tree);
-    MEDUSA_CHECK_INTERNAL(found.path == want.path && found.tokens == want.tokens, "verify ", name,
+    MEDUSA_CHECK_INTERNAL(found.path == want.path && found.tokens == want.tokens, "verify ", text,
                           ": accepted ", found.path.size(), " nodes, the CPU ", want.path.size(),
                           ", or other tokens; nothing was timed");
     const Samples seconds = time_op(backend, common, true, [&](int i) {
@@ -93,8 +102,11 @@ void run(const Common& common, Backend& backend, Backend& cpu, int num_nodes, in
       Judge(backend, logits.view(), sampling).walk(tree);
     });
     const Cost cost = verify_cost(num_nodes, vocab_size);
-    report.add("verify", concat(name, ", ", num_nodes, " x ", vocab_size), "f32", seconds,
-               cost.num_bytes, cost.flops);
+    report.add("verify", text, "f32", seconds, cost.num_bytes, cost.flops);
+  };
+  for (const Mode& mode : modes) {
+    const std::string text = concat(mode.name, ", ", num_nodes, " x ", vocab_size);
+    report.attempt("verify", text, "f32", [&] { run_mode(text, mode.sampling); });
   }
 }
 
@@ -103,11 +115,18 @@ void bench(Arguments& args, Common& common) {
   const int nodes = args.count("--nodes", tiny ? 16 : 64, 1, kMaxTreeNodes);
   const std::vector<int> vocabs = args.counts(
       "--vocab", tiny ? std::vector<int>{1000} : std::vector<int>{32000, 128256}, 64, 1 << 24);
+  const std::vector<std::string> names = args.texts("--mode");
+  const std::vector<Mode> wanted = modes(names);
+  MEDUSA_CHECK_ARG(names.empty() || wanted.size() == names.size(), "--mode: wanted some of ",
+                   kModeNames, ", each once");
   args.finish();
   find_shapes(common.shapes);
   const std::shared_ptr<Backend> backend = make_backend(common.backend), cpu = make_backend({});
   Report report("bench_typical_acceptance", common, *backend);
-  for (const int vocab : vocabs) run(common, *backend, *cpu, nodes, vocab, report);
+  for (const int vocab : vocabs) {
+    report.attempt("verify", concat(nodes, " x ", vocab), "f32",
+                   [&] { run(common, *backend, *cpu, wanted, nodes, vocab, report); });
+  }
   report.finish();
 }
 
@@ -116,7 +135,9 @@ void bench(Arguments& args, Common& common) {
 
 int main(int argc, char** argv) {
   using namespace medusa::bench;
-  const std::string usage =
-      "usage: bench_typical_acceptance [--shape tiny] [--nodes N] [--vocab 32000,...] [options]\n";
+  const std::string usage = medusa::concat(
+      "usage: bench_typical_acceptance [--shape tiny] [--mode MODE,...] [--nodes N]\n"
+      "       [--vocab 32000,...] [options]\n  MODE: ",
+      kModeNames, "\n");
   return run_program("bench_typical_acceptance", usage, argc, argv, bench);
 }

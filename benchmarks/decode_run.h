@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -158,10 +159,12 @@ class Stepper {
 
   struct Step {
     double seconds = 0;
+    double device_s = 0, gap_s = 0;   // by the device's clock, where no host is in the loop
     int64_t cached = 0, emitted = 0;  // tokens, of all texts
   };
 
   Step step() {
+    if (stop_requested()) throw std::runtime_error("out of time");
     if (steps_left_ == 0) restart();
     --steps_left_;
     Step out;
@@ -169,6 +172,9 @@ class Stepper {
     const Clock::time_point start = Clock::now();
     const std::vector<Event> events = session_.step();
     out.seconds = seconds_since(start);
+    const SessionStats stats = session_.stats();
+    out.device_s = stats.device_step_s;
+    out.gap_s = stats.device_gap_s;
     out.emitted = count(events);
     return out;
   }
@@ -202,7 +208,10 @@ class Stepper {
       return std::any_of(tokens_.begin(), tokens_.end(),
                          [&](const auto& text) { return text.second == length; });
     };
-    while (waiting()) count(session_.step());
+    while (waiting()) {
+      if (stop_requested()) throw std::runtime_error("out of time");
+      count(session_.step());
+    }
     for (int i = 0; i < kSettle; ++i) count(session_.step());
     steps_left_ = kRepeatSteps;
   }

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "report.h"
 
+#include <algorithm>
+#include <cctype>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <iostream>
 #include <sstream>
@@ -41,7 +44,14 @@ std::string first_line_of(const std::string& command) {
 
 std::string nvidia_smi(const Common& common, const std::string& fields) {
   const std::string& device = common.backend.device;
-  const std::string index = device.starts_with("cuda:") ? device.substr(5) : "0";
+  std::string index = device.starts_with("cuda:") ? device.substr(5) : "0";
+  // The runtime counts the devices that it is shown, nvidia-smi all there are.
+  if (const char* shown = std::getenv("CUDA_VISIBLE_DEVICES")) {
+    std::istringstream names(shown);
+    for (int i = std::stoi(index); i >= 0 && std::getline(names, index, ','); --i) continue;
+  }
+  const auto plain = [](unsigned char c) { return std::isalnum(c) || c == '-' || c == '/'; };
+  if (!std::all_of(index.begin(), index.end(), plain)) return "";  // it goes to a shell
   return first_line_of("nvidia-smi -i " + index + " --query-gpu=" + fields +
                        " --format=csv,noheader 2>/dev/null");
 }
@@ -68,6 +78,7 @@ std::map<std::tuple<std::string, std::string, std::string>, double> read_baselin
   MEDUSA_CHECK_ARG(rows != nullptr, path, ": has no \"rows\"");
   for (const json::Value& item : rows->as_array(path)) {
     const json::Value::Object& row = item.as_object(path);
+    if (json::find(row, "error") != nullptr) continue;
     const auto text_of = [&](const char* key) {
       const json::Value* found = json::find(row, key);
       MEDUSA_CHECK_ARG(found != nullptr, path, ": a row has no \"", key, "\"");
@@ -155,6 +166,34 @@ std::string json_members(const Machine& m) {
   return out.str();
 }
 
+std::string Cases::run(const std::function<void()>& body) {
+  std::string problem;
+  if (!device_error_.empty() || stop_requested()) {
+    ++num_left_out_;
+    return device_error_.empty() ? "not run: out of time" : "not run: the device has failed";
+  }
+  try {
+    body();
+    return "";
+  } catch (const InternalError& error) {
+    problem = concat("WRONG: ", error.what());
+  } catch (const OutOfMemory& error) {
+    problem = concat("no memory: ", error.what());
+  } catch (const CudaError& error) {
+    problem = device_error_ = concat("FAILED: ", error.what());
+  } catch (const std::exception& error) {
+    problem = concat("FAILED: ", error.what());
+  }
+  ++num_failed_;
+  return problem;
+}
+
+void Cases::finish() const {
+  MEDUSA_CHECK_INTERNAL(num_failed_ + num_left_out_ == 0, num_failed_, " cases failed, ",
+                        num_left_out_, " were not run",
+                        device_error_.empty() ? "" : "; the device ", device_error_);
+}
+
 Report::Report(const std::string& program, const Common& common, Backend& backend)
     : common_(common),
       machine_(describe(program, common, backend)),
@@ -170,15 +209,28 @@ void Report::line(const std::string& text) const {
 
 void Report::note(const std::string& text) { line("- " + text); }
 
+void Report::begin_table() {
+  if (header_done_) return;
+  line("\n| op | shape | dtype | median us | p25-p75 | MiB | GB/s | % " + machine_.bandwidth_kind +
+       " peak | TFLOP/s | % peak | bound | vs baseline |\n"
+       "|---|---|---|---|---|---|---|---|---|---|---|---|");
+  header_done_ = true;
+}
+
+void Report::attempt(const std::string& op, const std::string& shape, const std::string& dtype,
+                     const std::function<void()>& body) {
+  const std::string problem = cases_.run(body);
+  if (problem.empty()) return;
+  begin_table();
+  line(concat("| ", op, " | ", shape, " | ", dtype, " | ", problem, " | | | | | | | | |"));
+  json_rows_.push_back(concat("  {\"op\": ", json::quote(op), ", \"shape\": ", json::quote(shape),
+                              ", \"dtype\": ", json::quote(dtype),
+                              ", \"error\": ", json::quote(problem), "}"));
+}
+
 void Report::add(const std::string& op, const std::string& shape, const std::string& dtype,
                  const Samples& seconds, int64_t num_bytes, int64_t flops) {
-  if (!header_done_) {
-    line("\n| op | shape | dtype | median us | p25-p75 | MiB | GB/s | % " +
-         machine_.bandwidth_kind +
-         " peak | TFLOP/s | % peak | bound | vs baseline |\n"
-         "|---|---|---|---|---|---|---|---|---|---|---|---|");
-    header_done_ = true;
-  }
+  begin_table();
   constexpr double kLaunchSeconds = 3e-6;  // a kernel's start and end, where its work is less
   const double time = seconds.median();
   const double gbs = 1e-9 * static_cast<double>(num_bytes) / time;
@@ -213,12 +265,14 @@ void Report::add(const std::string& op, const std::string& shape, const std::str
 }
 
 void Report::finish() {
-  if (!common_.json) return;
-  std::string rows;
-  for (const std::string& row : json_rows_) rows += (rows.empty() ? "\n" : ",\n") + row;
-  std::cout << "{" << json_members(machine_)
-            << ",\n \"warm\": " << (common_.warm ? "true" : "false") << ", \"rows\": [" << rows
-            << "\n ]}\n";
+  if (common_.json) {
+    std::string rows;
+    for (const std::string& row : json_rows_) rows += (rows.empty() ? "\n" : ",\n") + row;
+    std::cout << "{" << json_members(machine_)
+              << ",\n \"warm\": " << (common_.warm ? "true" : "false") << ", \"rows\": [" << rows
+              << "\n ]}" << std::endl;
+  }
+  cases_.finish();
 }
 
 }  // namespace medusa::bench
