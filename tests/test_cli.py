@@ -197,10 +197,14 @@ def test_help(run, arguments: list[str]) -> None:
     assert "Usage: medusa-ext" in out
 
 
+COMMANDS = (
+    "Commands are generate, chat, inspect, export, distill, train, calibrate, convert, version; "
+    "see medusa-ext --help"
+)
 BAD = [
-    ([], "Commands are generate, chat, inspect, export, version; see medusa-ext --help"),
+    ([], COMMANDS),
     (["generat"], "No such command 'generat'"),
-    (["speak"], "Commands are generate, chat, inspect, export, version; see medusa-ext --help"),
+    (["speak"], COMMANDS),
     (["--nothing"], "; see medusa-ext --help"),
     (["generate"], "no prompt"),
     (["generate", ""], "the prompt is empty"),

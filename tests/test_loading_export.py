@@ -148,7 +148,7 @@ def test_a_failure_leaves_nothing_behind(base, tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medusa_ext.loading.exporting._write", full)
+    monkeypatch.setattr("medusa_ext.loading.exporting.write_tensors", full)
     with pytest.raises(LoadError, match="No space left on device"):
         export(base, None, out)
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]

@@ -63,6 +63,12 @@ def test_pack_converts_every_16_bit_source(
     assert_same_bits(_core.ops.pack_unpack(backend, source, dtype, src_dtype), want)
 
 
+def test_a_weight_of_many_pieces(backend: _core.Backend) -> None:
+    """More than goes to a device at once; a row lies in two pieces."""
+    weight = np.arange(1100 * 1000, dtype=np.float32).reshape(1100, 1000)
+    assert_same_bits(_core.ops.pack_unpack(backend, weight, "f32"), weight)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pack_keeps_nan(backend: _core.Backend, dtype: str) -> None:
     weight = np.ones((5, 6), np.float32)

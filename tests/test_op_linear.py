@@ -81,7 +81,9 @@ def test_input_is_rounded_to_the_activation_type(backend: _core.Backend, dtype: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 576), (33, 6), (100, 34), (260, 576)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(1, 576), (33, 6), (100, 34), (260, 576), (20, 1100)]
+)
 def test_bits_do_not_depend_on_other_rows(
     backend: _core.Backend, dtype: str, outputs: int, inputs: int
 ) -> None:

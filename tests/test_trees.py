@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from medusa_ext import _core
@@ -53,6 +54,18 @@ def test_auto_always_fits(num_heads, vocab_size, max_nodes):
         assert tree.depth == min(num_heads, 4)
 
 
+def test_a_number_of_nodes(tmp_path):
+    """As text too; of the published tree, or of the one that was found best."""
+    published = named_tree("mc_sim_7b_63", max_depth=3)
+    for given in (9, np.int64(9), "9"):
+        assert sorted(resolve_tree(given, 3, max_nodes=16).paths()) == sorted(published[:8])
+    best = [[4], [0], [4, 2], [0, 0]]
+    assert resolve_tree(3, 2, best=best).paths() == [[0], [4]]
+    assert resolve_tree("auto", 2, max_nodes=4, best=best).paths() == [[0], [4], [4, 2]]
+    assert resolve_tree(256, 2, best=best).num_nodes == 5
+    assert resolve_tree(1, 2).num_nodes == 1
+
+
 def test_own_paths_in_every_form(tmp_path):
     paths = [[0], [1], [0, 0]]
     path = tmp_path / "tree.json"
@@ -75,7 +88,11 @@ INVALID = [
     ([[True]], "wanted paths"),
     ([[2**40]], "wanted paths"),
     (["01"], "wanted paths"),
-    (7, "wanted a list of paths"),
+    (7.5, "wanted a list of paths"),
+    (True, "wanted a list of paths"),
+    (0, "a tree's number of nodes must be an integer in"),
+    (257, "a tree's number of nodes must be an integer in .*got 257"),
+    ("257", "a tree's number of nodes must be an integer in"),
     ({"0": 1}, "wanted a list of paths"),
     (None, "wanted a list of paths"),
     ([[0], [0, 0], [0, 0, 0]], "depth 3, the model has 2 heads"),

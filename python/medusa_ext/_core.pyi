@@ -100,9 +100,7 @@ def score(
 ) -> None:
     """Fill logits [S, V] and hidden [S, d] (after the final norm); None leaves one out."""
 
-def head_candidates(
-    model: Model, hidden: NDArray[np.float32], ids: NDArray[np.int32]
-) -> None:
+def head_candidates(model: Model, hidden: NDArray[np.float32], ids: NDArray[np.int32]) -> None:
     """Fill ids [num_heads, R, width] with each head's best tokens for hidden [R, d], best first.
 
     They are what a step at temperature 0 takes for a text whose last hidden state is that row;

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
+from typing import Any, TypeAlias
 
 from medusa_ext import _core
 from medusa_ext.pump import Pump
@@ -12,6 +13,7 @@ from medusa_ext.results import Piece, Result, make_stats
 from medusa_ext.text_builder import TextBuilder
 
 Submission = Callable[[], int]
+Key: TypeAlias = Any  # of the caller; hashable
 
 
 class Answer:
@@ -65,6 +67,56 @@ def complete(
         return [result for result in results if result is not None]
     finally:
         pump.cancel(ticket)
+
+
+class Batch:
+    """Prompts of one caller that come while others of it are being made.
+
+    Not for use by several threads at once.
+
+    Attributes:
+        num_tokens: generated so far.
+    """
+
+    def __init__(self, pump: Pump, prepare: Callable[..., tuple[Submission, Answer]]) -> None:
+        """Begin without prompts."""
+        self._pump = pump
+        self._prepare = prepare
+        self._ticket = pump.submit([])
+        self._running: dict[int, tuple[Key, Answer]] = {}
+        self.num_tokens = 0
+
+    def add(self, key: Hashable, prompt: object, **options: Any) -> None:  # noqa: ANN401
+        """Start a prompt; its result comes with this key. Options and errors of `stream`."""
+        submission, answer = self._prepare(prompt, options)
+        self._pump.submit([submission], self._ticket)
+        self._running[self._ticket.requests[-1]] = key, answer
+
+    def wait(self) -> list[tuple[Key, Result]]:
+        """Go on with all of them; return the keys and results of those that ended, often none."""
+        done = []
+        for event in self._pump.wait(self._ticket) if self._running else []:
+            key, answer = self._running.get(event.request, (None, None))
+            if answer is None:  # dropped
+                continue
+            self.num_tokens += len(event.tokens)
+            answer.take(event)
+            if answer.result is not None:
+                del self._running[event.request]
+                done.append((key, answer.result))
+        return done
+
+    def drop(self, key: Hashable) -> None:
+        """End a prompt; no result comes. Nothing happens if it has ended."""
+        for request, (other, _) in list(self._running.items()):
+            if other == key:
+                del self._running[request]
+                self._pump.stop(request)
+
+    def close(self) -> None:
+        """End all."""
+        self._running.clear()
+        self._pump.cancel(self._ticket)
 
 
 class Stream:

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_ext import _core
-from medusa_ext.answers import Answer, Stream, Submission, complete
+from medusa_ext.answers import Answer, Batch, Stream, Submission, complete
+from medusa_ext.calibration.file import auto_tree
 from medusa_ext.chat import Chat
 from medusa_ext.detokenize import DetokenizerFactory, Transformers
-from medusa_ext.device import AUTO_NODES, check_model, kind_of, open_device
+from medusa_ext.device import check_model, kind_of, open_device
 from medusa_ext.loading import load_checkpoint, open_checkpoint
 from medusa_ext.memory import Guesses, Limits, Sizes, check_memory
 from medusa_ext.options import DTYPES, Options, choice, integer, parse_options, shown
@@ -64,8 +65,9 @@ class Engine:
             device: "cpu", "cuda" or "cuda:N" for the GPU of that number, or "auto": "cuda" where
                 it can be used, unless threads or isa are given, which are the CPU's.
             dtype: of weights and cache: "auto" (as in the file), "bf16", "f16" or "f32".
-            tree: of guesses from Medusa heads: "auto" (16 nodes on a CPU, 64 on a GPU), a name, a
-                JSON file, a list (or array) of paths, or a `TreeSpec`.
+            tree: of guesses from Medusa heads: "auto" (what `medusa-ext calibrate` found, else the
+                best nodes of a published tree, 16 on a CPU and 64 on a GPU), another number of
+                nodes, a name, a JSON file, a list (or array) of paths, or a `TreeSpec`.
             max_batch: sequences that decode side by side; more requests wait.
             max_context: tokens of prompt and output together, at most the model's own; None: the
                 model's own.
@@ -108,7 +110,8 @@ class Engine:
         # What depends on the model's configuration, before the weights are read.
         kind = kind_of(backend.name)
         check_model(checkpoint.config, checkpoint.dtype(dtype), kind)
-        self._tree = tree_for(checkpoint.config, tree, AUTO_NODES[kind])
+        auto = auto_tree(checkpoint, kind, checkpoint.dtype(dtype), backend.threads)
+        self._tree = tree_for(checkpoint.config, tree, *auto)
         if self._tree is not None and self._tree.depth > backend.max_tree_depth:
             raise ValueError(
                 f"the tree has depth {self._tree.depth}; {backend.name} computes trees of depth "
@@ -145,6 +148,7 @@ class Engine:
             cache_tokens=limits.tokens,
             prefill_chunk=limits.prefill_chunk,
         )
+        self._max_batch = limits.max_batch
         self._pid = os.getpid()
         self._pump = Pump(self._session)
 
@@ -192,19 +196,11 @@ class Engine:
         Raises:
             TypeError, ValueError, RuntimeError: as `generate`, at once.
         """
-        pump = self._open_pump()
-        prompts, is_batch = self._encoder.encode_batch(prompt, self.max_context - 1)
-        if is_batch:
-            raise ValueError(
-                f"stream takes one prompt, got {len(prompts)}; use generate, or one stream each"
-            )
-        checked = self._options(options, 1)
-        if checked.num_return_sequences != 1:
-            raise ValueError(
-                "stream gives one sample, got"
-                f" num_return_sequences={checked.num_return_sequences}; use generate"
-            )
-        return Stream(pump, self._submission(prompts[0], checked, 0, 0), self._answer(checked))
+        return Stream(self._open_pump(), *self._prepare(prompt, options))
+
+    def batch(self) -> Batch:
+        """Begin a batch that takes more prompts while others of it are being made."""
+        return Batch(self._open_pump(), self._prepare)
 
     def chat(self, system: str | None = None) -> Chat:
         """Begin a conversation.
@@ -265,6 +261,16 @@ class Engine:
         return self._session.max_context
 
     @property
+    def max_batch(self) -> int:
+        """Texts that are made side by side."""
+        return self._max_batch
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """From prompts to token ids."""
+        return self._encoder
+
+    @property
     def tokenizer(self) -> Transformers:
         """The model's transformers tokenizer."""
         return self._tokenizer
@@ -310,6 +316,21 @@ class Engine:
         """Return the session's counts: requests, pages, steps, set-backs."""
         self._open_pump()
         return self._session.stats()
+
+    def _prepare(self, prompt: object, options: Mapping[str, Any]) -> tuple[Submission, Answer]:
+        """Check one prompt with the options of one sample."""
+        prompts, is_batch = self._encoder.encode_batch(prompt, self.max_context - 1)
+        if is_batch:
+            raise ValueError(
+                f"stream takes one prompt, got {len(prompts)}; use generate, or one stream each"
+            )
+        checked = self._options(options, 1)
+        if checked.num_return_sequences != 1:
+            raise ValueError(
+                "stream gives one sample, got"
+                f" num_return_sequences={checked.num_return_sequences}; use generate"
+            )
+        return self._submission(prompts[0], checked, 0, 0), self._answer(checked)
 
     def _options(self, given: Mapping[str, Any], num_prompts: int) -> Options:
         return parse_options(given, num_prompts=num_prompts, vocab_size=self._config["vocab_size"])

@@ -37,6 +37,11 @@ class PromptEncoder:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()  # transformers changes the tokenizer's state while it encodes
 
+    @property
+    def has_template(self) -> bool:
+        """Whether messages can be prompts."""
+        return self._tokenizer is not None and bool(self._chat_template)
+
     def encode_batch(
         self, prompt: object, max_tokens: int, *, generates: bool = True
     ) -> tuple[list[list[int]], bool]:
@@ -138,7 +143,7 @@ class PromptEncoder:
                     f'message {index} must be {{"role": "user", "content": "..."}} with two'
                     f" strings, got {shown(message)}"
                 )
-        if self._tokenizer is None or not self._chat_template:
+        if not self.has_template:
             raise ValueError(
                 "this model has no chat template; pass a string or token ids instead of messages"
             )

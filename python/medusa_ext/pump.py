@@ -61,15 +61,18 @@ class Pump:
         self._closed = False
         self._closed_by = ""  # why, where it was not close()
 
-    def submit(self, submissions: Iterable[Callable[[], int]]) -> Ticket:
-        """Start requests by calls of Session.submit; if one fails, cancel those before it.
+    def submit(
+        self, submissions: Iterable[Callable[[], int]], ticket: Ticket | None = None
+    ) -> Ticket:
+        """Start requests by calls of Session.submit; if one fails, cancel the ticket's.
 
         Args:
             submissions: without Python code of their own, such as functools.partial, so that no ^C
                 can fall between the start of a request and the note of its number.
+            ticket: to which they are added; None: a new one.
         """
         self._check_caller()
-        ticket = Ticket()
+        ticket = Ticket() if ticket is None else ticket
         try:
             with self._lock:  # no event is handed out before its ticket is known
                 self._check_open()

@@ -10,9 +10,13 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from medusa_ext.cli.calibrate import calibrate
 from medusa_ext.cli.chat import chat
+from medusa_ext.cli.convert import convert
+from medusa_ext.cli.distill import distill
 from medusa_ext.cli.files import export, inspect
 from medusa_ext.cli.generate import generate
+from medusa_ext.cli.train import train
 
 app = typer.Typer(
     name="medusa-ext",
@@ -25,6 +29,10 @@ app.command()(generate)
 app.command()(chat)
 app.command()(inspect)
 app.command()(export)
+app.command()(distill)
+app.command()(train)
+app.command()(calibrate)
+app.command()(convert)
 
 
 @app.command()

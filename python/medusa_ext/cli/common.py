@@ -24,7 +24,9 @@ Model = Annotated[
 Heads = Annotated[
     str, typer.Option(help="Directory or hub id of Medusa heads, prompt-lookup, none, or auto.")
 ]
-Tree = Annotated[str, typer.Option(help="Name of a tree, a .json file of paths, or auto.")]
+Tree = Annotated[
+    str, typer.Option(help="Name of a tree, its number of nodes, a .json file of paths, or auto.")
+]
 DType = Annotated[str, typer.Option(help="auto, bf16, f16 or f32.")]
 Device = Annotated[str, typer.Option(help="auto (cuda where it can be used), cpu, cuda, cuda:N.")]
 MaxBatch = Annotated[int, typer.Option(help="Texts made side by side.")]

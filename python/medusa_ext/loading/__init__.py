@@ -4,6 +4,7 @@ source (where it lies) -> checkpoint (config, plan of tensors) -> load | export 
 """
 
 from medusa_ext.loading.checkpoint import Checkpoint, open_checkpoint
+from medusa_ext.loading.converting import convert
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.exporting import export
 from medusa_ext.loading.heads import HeadsInfo
@@ -19,6 +20,7 @@ __all__ = [
     "LoadError",
     "LoadedModel",
     "Source",
+    "convert",
     "describe",
     "export",
     "inspect",

@@ -17,6 +17,8 @@ from medusa_ext.loading.plan import Entry, count, to_json
 from medusa_ext.loading.source import Source
 from medusa_ext.loading.tokenizer import to_metadata
 
+CALIBRATION_FILE = "calibration.json"  # beside heads, see medusa_ext/calibration/file.py
+CALIBRATION_KEY = "medusa_ext.calibration"  # its text in the one-file form
 _WORDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "i32": "I32"}
 
 
@@ -60,7 +62,7 @@ def export(
         )
         try:
             with os.fdopen(descriptor, "wb") as file:
-                _write(file, checkpoint.entries, metadata, checkpoint.stored_dtype)
+                write_tensors(file, checkpoint.entries, metadata, checkpoint.stored_dtype)
             Path(name).chmod(0o666 & ~_umask())
             Path(name).replace(path)
         except BaseException:
@@ -80,10 +82,27 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
         "medusa_ext.dtype": checkpoint.stored_dtype,
         "medusa_ext.eos_ids": json.dumps(checkpoint.eos_ids),
         **(to_metadata(tokenizer) if tokenizer is not None else {}),
+        **_calibration(checkpoint),
     }
 
 
-def _write(file: BinaryIO, entries: list[Entry], metadata: dict[str, str], expanded: str) -> None:
+def _calibration(checkpoint: Checkpoint) -> dict[str, str]:
+    info, metadata = checkpoint.heads_info, checkpoint.metadata or {}
+    if info is None:
+        return {}
+    if info.format == "export":
+        return {key: metadata[key] for key in (CALIBRATION_KEY,) if key in metadata}
+    path = info.path / CALIBRATION_FILE
+    try:
+        return {CALIBRATION_KEY: path.read_text(encoding="utf-8")} if path.is_file() else {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(f"cannot read {path}: {error}") from None
+
+
+def write_tensors(
+    file: BinaryIO, entries: list[Entry], metadata: dict[str, str], expanded: str
+) -> None:
+    """Write a safetensors file, one tensor at a time; blocks become `expanded`."""
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for entry in sorted(entries, key=lambda entry: entry.name):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from medusa_ext import _core
-from medusa_ext.options import plain, shown
+from medusa_ext.options import integer, plain, shown
 
 Paths = list[list[int]]
-Tree = str | os.PathLike[str] | Sequence[Sequence[int]] | np.ndarray | _core.TreeSpec
+Tree = str | int | os.PathLike[str] | Sequence[Sequence[int]] | np.ndarray | _core.TreeSpec
 
 MAX_RANKS = 256  # candidates that top_k keeps of each head
+MAX_NODES = 256  # of a tree, the root counted
 AUTO_TREE = "mc_sim_7b_63"
 
 
@@ -58,16 +60,23 @@ def read_tree(path: str | os.PathLike[str]) -> Paths:
 
 
 def resolve_tree(
-    tree: Tree, num_heads: int, *, vocab_size: int | None = None, max_nodes: int | None = None
+    tree: Tree,
+    num_heads: int,
+    *,
+    vocab_size: int | None = None,
+    max_nodes: int | None = None,
+    best: Paths | None = None,
 ) -> _core.TreeSpec:
     """The tree for a model's heads.
 
     Args:
-        tree: "auto" (a published tree cut to the heads), a name, a JSON file, a list (or
-            array) of paths, or a TreeSpec.
+        tree: "auto", the number of nodes to keep of the tree that "auto" takes, a name, a JSON
+            file, a list (or array) of paths, or a TreeSpec.
         num_heads: the depth that the heads can fill, at least 1.
         vocab_size: tokens that each head ranks; None: no bound but MAX_RANKS.
         max_nodes: for "auto" alone: the nodes to keep, the root counted.
+        best: what "auto" takes, the most valuable path first; None: a published tree, cut to the
+            heads.
 
     Raises:
         ValueError: an invalid tree, one deeper than the heads, or ranks beyond what the heads rank.
@@ -75,12 +84,15 @@ def resolve_tree(
     if isinstance(tree, _core.TreeSpec):
         return _fitting(tree, "the tree", num_heads, vocab_size)
     name = os.fspath(tree) if isinstance(tree, (str, os.PathLike)) else None
-    if name == "auto":
-        limit = min(MAX_RANKS, vocab_size or MAX_RANKS)
-        paths = named_tree(AUTO_TREE, max_depth=num_heads)
-        paths = [path for path in paths if max(path) < limit]
+    count = _node_count(tree)
+    if name == "auto" or count is not None:
+        max_nodes = max_nodes if count is None else count
+        if best is None:
+            limit = min(MAX_RANKS, vocab_size or MAX_RANKS)
+            published = named_tree(AUTO_TREE, max_depth=num_heads)
+            best = [path for path in published if max(path) < limit]
         return _core.TreeSpec.from_paths(
-            paths if max_nodes is None else paths[: max(max_nodes - 1, 0)]
+            best if max_nodes is None else best[: max(max_nodes - 1, 0)]
         )
     if name is None:
         what, paths = "the tree", _checked_paths(tree, "the tree")
@@ -90,7 +102,8 @@ def resolve_tree(
         what, paths = f"tree {name}", read_tree(name)
     else:
         raise ValueError(
-            f'no tree is named {name!r}; give "auto", a list of paths, a .json file, or one of '
+            f'no tree is named {name!r}; give "auto", a number of nodes, a list of paths, a .json '
+            f"file, or one of "
             f"{', '.join(_named())}"
         )
     try:
@@ -105,13 +118,16 @@ def is_auto(tree: object) -> bool:
     return isinstance(tree, str) and tree == "auto"
 
 
-def tree_for(config: Mapping[str, Any], tree: Tree, auto_nodes: int) -> _core.TreeSpec | None:
+def tree_for(
+    config: Mapping[str, Any], tree: Tree, auto_nodes: int, best: Paths | None = None
+) -> _core.TreeSpec | None:
     """The tree for a model's Medusa heads, None where it has none.
 
     Args:
         config: of the model.
         tree: what `resolve_tree` takes.
         auto_nodes: that "auto" keeps, the root counted.
+        best: what `resolve_tree` takes.
 
     Raises:
         ValueError: the tree does not fit the heads, or there are no heads for it.
@@ -119,13 +135,26 @@ def tree_for(config: Mapping[str, Any], tree: Tree, auto_nodes: int) -> _core.Tr
     heads = config["heads"]
     if heads["num_heads"]:
         return resolve_tree(
-            tree, heads["num_heads"], vocab_size=heads["head_vocab"], max_nodes=auto_nodes
+            tree,
+            heads["num_heads"],
+            vocab_size=heads["head_vocab"],
+            max_nodes=auto_nodes,
+            best=best,
         )
     if not is_auto(tree):
         raise ValueError(
             f"tree {shown(tree)} needs Medusa heads, and there are none; leave tree out"
         )
     return None
+
+
+def _node_count(tree: object) -> int | None:
+    """The nodes of a tree that is given by their number, as text too; None for any other tree."""
+    if isinstance(tree, str) and re.fullmatch("[0-9]{1,9}", tree):
+        tree = int(tree)
+    if not isinstance(tree, int | np.integer) or isinstance(tree, bool):
+        return None
+    return integer("a tree's number of nodes", tree, 1, MAX_NODES)
 
 
 @functools.cache

@@ -1,0 +1,178 @@
+"""calibration.json, which lies beside Medusa heads: what `medusa-ext calibrate` found.
+
+One key a line:
+
+- `version` 1; `model`; `vocab_size`; `data`: the file's name; `tokens`, `answers`: in it
+- `heads` [K][R]: how often a head's candidate of rank r is the model's own token, over `counts` [K]
+- `tree`: paths, the most valuable first, so that its beginning is the tree of any number of nodes;
+  `values`: how often a step's tokens run through each
+- `predicted`: for each number of nodes the tokens per step on text that did not choose the tree
+- `by_category`: accuracies and predictions by the data's own categories
+- `step_times`: a row for each device: seconds of a step by number of nodes, and the best number
+- `check`: prediction against measurement, on prompts that were not used
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medusa_ext.device import AUTO_NODES
+from medusa_ext.loading import Checkpoint, LoadError
+from medusa_ext.loading.exporting import CALIBRATION_FILE, CALIBRATION_KEY
+from medusa_ext.trees import MAX_NODES, Paths, resolve_tree
+
+_MAX_BYTES = 16 << 20
+_REPAIR = "make it again with `medusa-ext calibrate`, or remove it"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration file that fits its heads; `content` is all of it.
+
+    Attributes:
+        tree: paths, the most valuable first.
+        step_times: rows with device, dtype, threads, seconds and nodes.
+        content: as in the file.
+    """
+
+    tree: Paths
+    step_times: list[dict[str, Any]]
+    content: dict[str, Any]
+
+    def nodes_for(self, device: str, dtype: str, threads: int) -> int:
+        """Return the number of nodes that was best on the device most like this one."""
+        rows = [row for row in self.step_times if row["device"] == device]
+        if not rows:
+            return AUTO_NODES[device]
+        like = max(  # the last of several that are equally like
+            enumerate(rows),
+            key=lambda at: (at[1]["dtype"] == dtype, at[1]["threads"] == threads, at[0]),
+        )
+        return int(like[1]["nodes"])
+
+
+def auto_tree(
+    checkpoint: Checkpoint, device: str, dtype: str, threads: int
+) -> tuple[int, Paths | None]:
+    """The calibrated tree of a model's heads, and the nodes of it to use.
+
+    Args:
+        checkpoint: model and heads.
+        device: "cpu" or "cuda".
+        dtype: of weights and cache.
+        threads: of the CPU.
+
+    Returns:
+        The number of nodes, the root counted, and the paths, the most valuable first; None where
+        the heads carry no calibration. One that does not fit them is a warning: it is of no use,
+        but guesses never change the output.
+    """
+    info, found = checkpoint.heads_info, None
+    try:
+        if info is not None and info.format == "export":
+            text = (checkpoint.metadata or {}).get(CALIBRATION_KEY)
+            found = None if text is None else _parsed(text, str(info.path), checkpoint.config)
+        elif info is not None and (info.path / CALIBRATION_FILE).is_file():
+            found = read_calibration(info.path / CALIBRATION_FILE, checkpoint.config)
+    except LoadError as error:
+        warnings.warn(f"{error}; a published tree is used", stacklevel=3)
+        return AUTO_NODES[device], None
+    if found is None:
+        return AUTO_NODES[device], None
+    return found.nodes_for(device, dtype, threads), found.tree
+
+
+def read_calibration(path: Path, config: Mapping[str, Any]) -> Calibration:
+    """Read and check a calibration file.
+
+    Args:
+        path: of the file.
+        config: canonical configuration of the model with the heads.
+
+    Raises:
+        LoadError: the file is damaged or for other heads; says what to do.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise LoadError(f"{path} has over {_MAX_BYTES} bytes and is no calibration; {_REPAIR}")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise LoadError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise LoadError(f"{path} is not UTF-8 text; {_REPAIR}") from None
+    return _parsed(text, str(path), config)
+
+
+def _parsed(text: str, where: str, config: Mapping[str, Any]) -> Calibration:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{where}: its calibration is not JSON ({error}); {_REPAIR}") from None
+    try:
+        return _checked(content, config)
+    except ValueError as error:
+        raise LoadError(f"{where}: {error}; {_REPAIR}") from None
+
+
+def write_calibration(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a calibration file; LoadError where the disk refuses, and nothing stays."""
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                partial.unlink()
+            raise
+    except OSError as error:
+        raise LoadError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _checked(content: object, config: Mapping[str, Any]) -> Calibration:
+    """The file's content, every field that is used checked; ValueError without the file's name."""
+    if not isinstance(content, dict) or content.get("version") != 1:
+        raise ValueError("it is no calibration of version 1")
+    heads, own = content.get("heads"), config["heads"]
+    if not isinstance(heads, list) or len(heads) != own["num_heads"]:
+        found = len(heads) if isinstance(heads, list) else "no"
+        raise ValueError(f"it is for {found} heads, the heads beside it are {own['num_heads']}")
+    if content.get("vocab_size") != config["vocab_size"]:
+        raise ValueError(
+            f"it is for a vocabulary of {content.get('vocab_size')}, the model has "
+            f"{config['vocab_size']}"
+        )
+    tree, rows = content.get("tree"), content.get("step_times")
+    if not isinstance(tree, list) or len(tree) >= MAX_NODES:
+        raise ValueError(f"tree must be a list of up to {MAX_NODES - 1} paths")
+    resolve_tree(tree, own["num_heads"], vocab_size=own["head_vocab"])
+    for count, path in enumerate(tree):  # the beginning of the list must be a tree too
+        if len(path) > 1 and path[:-1] not in tree[:count]:
+            raise ValueError(f"path {path} stands before its parent")
+    if not isinstance(rows, list):
+        raise ValueError("step_times must be a list")
+    return Calibration(tree, [_checked_row(row) for row in rows], content)
+
+
+def _checked_row(row: object) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError("step_times must hold objects")
+    wanted = {"device": str, "dtype": str, "threads": int, "nodes": int, "seconds": dict}
+    for name, kind in wanted.items():
+        if type(row.get(name)) is not kind:
+            raise ValueError(f"step_times: {name} is missing or of the wrong type")
+    if not 1 <= row["nodes"] <= MAX_NODES:
+        raise ValueError(f"step_times: nodes is {row['nodes']}; wanted 1 to {MAX_NODES}")
+    return row

@@ -1,0 +1,212 @@
+"""Where the model's own tokens stood among the candidates of Medusa heads.
+
+The matrix of ranks is all that calibration knows of model and heads: accuracies, the tree and the
+steps that decoding with any tree takes follow from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medusa_ext import _core
+from medusa_ext.calibration.texts import Text
+from medusa_ext.trees import Paths
+
+BEYOND = -1  # the answer ends before the token that the head guesses
+SCORE_CHUNK = 512
+
+Int = np.intp
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks of the model's own tokens at every place where a step may begin.
+
+    An answer of m tokens has m - 1 rows: in row i its token i is the root of the tree, and head k
+    guesses token i + 1 + k.
+
+    Attributes:
+        ranks: [P, K] i16; 0 is a head's best candidate, `num_ranks` none of them, BEYOND no token.
+        starts: [A + 1]; the rows of answer a are starts[a] to starts[a + 1].
+        categories: of the answers; "" where the data name none.
+        texts: that the answers stand in.
+        num_ranks: candidates that were looked at.
+    """
+
+    ranks: NDArray[np.int16]
+    starts: NDArray[Int]
+    categories: tuple[str, ...]
+    texts: tuple[int, ...]
+    num_ranks: int
+
+    @property
+    def num_heads(self) -> int:
+        """K."""
+        return int(self.ranks.shape[1])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all answers."""
+        return len(self.ranks) + len(self.categories)
+
+    def choose(self, answers: Sequence[int] | NDArray[Int]) -> Ranks:
+        """Return some answers only, in the order given."""
+        rows = [np.arange(self.starts[a], self.starts[a + 1]) for a in answers]
+        lengths = [len(part) for part in rows]
+        return Ranks(
+            self.ranks[np.concatenate([np.empty(0, Int), *rows])],
+            np.cumsum([0, *lengths], dtype=Int),
+            tuple(self.categories[a] for a in answers),
+            tuple(self.texts[a] for a in answers),
+            self.num_ranks,
+        )
+
+    def halves(self) -> tuple[Ranks, Ranks]:
+        """Return two halves that share no text; the texts of each category take turns."""
+        turn: dict[str, int] = {}
+        side: dict[int, int] = {}
+        for text, category in zip(self.texts, self.categories, strict=True):
+            if text not in side:
+                turn[category] = side[text] = 1 - turn.get(category, 1)
+        parts = ([a for a, text in enumerate(self.texts) if side[text] == half] for half in (0, 1))
+        first, second = (self.choose(part) for part in parts)
+        return first, second
+
+    def by_category(self) -> dict[str, Ranks]:
+        """Return the answers of each named category."""
+        names = sorted(set(self.categories) - {""})
+        return {
+            name: self.choose([a for a, other in enumerate(self.categories) if other == name])
+            for name in names
+        }
+
+    def accuracies(self) -> tuple[NDArray[np.float64], NDArray[Int]]:
+        """How often a candidate is the model's own token.
+
+        Returns:
+            Shares [K, num_ranks] of the positions that a head can be judged at, and their number
+            [K]: a later head has fewer.
+        """
+        counted = [column[column >= 0] for column in self.columns]
+        hits = np.stack([np.bincount(ranks, minlength=self.num_ranks + 1) for ranks in counted])
+        counts = hits.sum(axis=1)
+        return hits[:, : self.num_ranks] / np.maximum(counts, 1)[:, None], counts
+
+    @property
+    def columns(self) -> NDArray[np.int16]:
+        """[K, P], contiguous by head."""
+        return np.ascontiguousarray(self.ranks.T)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What decoding these answers with a tree takes.
+
+    Attributes:
+        tokens: of all answers.
+        steps: that emit them; the first of an answer, which has no tree, emits one.
+        answers: with any token.
+        visited: [P] bool; the rows at which a step begins.
+    """
+
+    tokens: int
+    steps: int
+    answers: int
+    visited: NDArray[np.bool_]
+
+    @property
+    def tokens_per_step(self) -> float:
+        """As `Stats.tokens_per_step` counts them."""
+        return self.tokens / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_later_step(self) -> float:
+        """Without the first step of every answer, which belongs to the prefill."""
+        later = self.steps - self.answers
+        return (self.tokens - self.answers) / later if later else 0.0
+
+
+def accepted(ranks: Ranks, paths: Paths) -> NDArray[Int]:
+    """Return how many guesses a step with this tree keeps at each row, [P]."""
+    nodes = {(): 0} | {tuple(path): 1 + index for index, path in enumerate(paths)}
+    # child[node, rank]; the last column stands for BEYOND and is no child, as is num_ranks.
+    child = np.full((len(nodes), ranks.num_ranks + 2), -1, Int)
+    for path, node in nodes.items():
+        if path and path[-1] < ranks.num_ranks:
+            child[nodes[path[:-1]], path[-1]] = node
+    at = np.zeros(len(ranks.ranks), Int)
+    depth = np.zeros(len(ranks.ranks), Int)
+    for column in ranks.columns:
+        at = np.where(at >= 0, child[at, column], -1)
+        depth += at >= 0
+    return depth
+
+
+def walk(ranks: Ranks, paths: Paths) -> Walk:
+    """Decode the answers again with a tree, on ranks alone: exactly the steps of an engine."""
+    stride = (accepted(ranks, paths) + 1).tolist()
+    visited = np.zeros(len(stride), bool)
+    for start, end in zip(ranks.starts[:-1].tolist(), ranks.starts[1:].tolist(), strict=True):
+        row = start
+        while row < end:
+            visited[row] = True
+            row += stride[row]
+    answers = len(ranks.categories)
+    return Walk(ranks.num_tokens, answers + int(visited.sum()), answers, visited)
+
+
+def collect(
+    model: _core.Model,
+    texts: Iterable[Text],
+    *,
+    num_heads: int,
+    num_ranks: int,
+    hidden_size: int,
+    done: Callable[[int], None] = lambda _: None,
+) -> Ranks:
+    """Run the model and its heads over texts that the model wrote.
+
+    The hidden states, the candidates and their order are, bit for bit, those of decoding at
+    temperature 0.
+
+    Args:
+        model: with heads.
+        texts: tokens below the model's vocabulary, no longer than its context.
+        num_heads: K of the model.
+        num_ranks: candidates to look at, up to 256.
+        hidden_size: d of the model.
+        done: called after each text with its tokens.
+    """
+    parts: list[NDArray[np.int16]] = []
+    starts, categories, origins = [0], [], []
+    for origin, text in enumerate(texts):
+        tokens = np.asarray(text.tokens, np.int32)
+        hidden = np.empty((len(tokens), hidden_size), np.float32)
+        _core.score(model, text.tokens, SCORE_CHUNK, None, hidden)
+        for start, end in text.answers:
+            rows = hidden[start - 1 : end - 2]
+            ids = np.empty((num_heads, len(rows), num_ranks), np.int32)
+            if len(rows):
+                _core.head_candidates(model, rows, ids)
+            parts.append(_ranks_of(tokens[start:end], ids))
+            starts.append(starts[-1] + len(rows))
+            categories.append(text.category)
+            origins.append(origin)
+        done(len(tokens))
+    ranks = np.concatenate([np.empty((0, num_heads), np.int16), *parts])
+    return Ranks(ranks, np.array(starts, Int), tuple(categories), tuple(origins), num_ranks)
+
+
+def _ranks_of(answer: NDArray[np.int32], ids: NDArray[np.int32]) -> NDArray[np.int16]:
+    """Ranks [m - 1, K] of an answer's tokens [m] among candidates ids [K, m - 1, num_ranks]."""
+    num_heads, num_rows, num_ranks = ids.shape
+    found = np.full((num_rows, num_heads), BEYOND, np.int16)
+    for head in range(num_heads):
+        own = answer[1 + head :]
+        hit = ids[head, : len(own)] == own[:, None]
+        found[: len(own), head] = np.where(hit.any(axis=1), hit.argmax(axis=1), num_ranks)
+    return found

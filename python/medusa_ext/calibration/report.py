@@ -1,0 +1,91 @@
+"""What calibration found, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_RANKS = (1, 2, 5, 10)
+
+
+def print_report(content: dict[str, Any], console: Console) -> None:
+    """Print the tables of a calibration, from the content of its file."""
+    times, check = content["step_times"][-1], content.get("check")
+    console.print(f"How often a head guesses right, in %, over {content['tokens']:,} tokens:\n")
+    console.print(_accuracies(content))
+    measured = f", measured on {check['prompts']} prompts" if check else ""
+    console.print(f"\nTrees on {times['device']} ({times['detail']}), {times['dtype']}:")
+    console.print(f"predicted on text that did not choose the tree{measured}\n")
+    console.print(_nodes(content))
+    console.print('* what tree="auto" takes on this device')
+    if content["by_category"] or (check and check["by_category"]):
+        console.print("\nBy category:\n")
+        console.print(_categories(content))
+
+
+def _accuracies(content: dict[str, Any]) -> Table:
+    table = _table(["head", *(f"top {count}" for count in _RANKS), "positions"])
+    for head, (shares, count) in enumerate(zip(content["heads"], content["counts"], strict=True)):
+        tops = (f"{100 * sum(shares[:count]):.1f}" for count in _RANKS)
+        table.add_row(str(head), *tops, f"{count:,}")
+    return table
+
+
+def _nodes(content: dict[str, Any]) -> Table:
+    times = content["step_times"][-1]
+    check = content.get("check")
+    measured = {row["nodes"]: row for row in check["all"]} if check else {}
+    table = _table(
+        ["nodes", "step ms", "tokens/step", "tokens/s"]
+        + (["measured tokens/step", "off by", "measured tokens/s"] if check else []),
+    )
+    for row in content["predicted"]:
+        key = str(row["nodes"])
+        if key not in times["seconds"]:
+            continue
+        cells = [
+            key + (" *" if row["nodes"] == times["nodes"] else ""),
+            f"{1000 * times['seconds'][key]:.2f}",
+            f"{row['tokens_per_step']:.3f}",
+            f"{times['tokens_per_s'][key]:.1f}",
+        ]
+        if row["nodes"] in measured:
+            found = measured[row["nodes"]]
+            cells += [
+                f"{found['measured']:.3f}",
+                f"{100 * (found['measured'] / found['predicted'] - 1):+.1f} %",
+                f"{found['measured_tokens_per_s']:.1f}",
+            ]
+        table.add_row(*cells)
+    return table
+
+
+def _categories(content: dict[str, Any]) -> Table:
+    nodes = [str(count) for count in (16, 64)]
+    known, check = content["by_category"], content.get("check", {}).get("by_category", {})
+    columns = ["category", "head 0 top 1, %"]
+    for count in nodes:
+        columns += [f"tokens/step, {count}"] + ([f"measured, {count}"] if check else [])
+    table = _table(columns)
+    for name in sorted({*known, *check}):
+        own = known.get(name)
+        cells = [name, f"{100 * own['top1'][0]:.1f}" if own else "-"]
+        for count in nodes:
+            cells.append(_number(own and own["tokens_per_step"].get(count)))
+            if check:
+                cells.append(_number(check.get(name, {}).get(count, {}).get("measured")))
+        table.add_row(*cells)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _table(columns: list[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    return table

@@ -1,0 +1,366 @@
+"""`medusa-ext calibrate`: held-out text -> ranks -> the tree, its step times, and a check."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medusa_ext import _core
+from medusa_ext.calibration.file import read_calibration, write_calibration
+from medusa_ext.calibration.ranks import Ranks, collect, walk
+from medusa_ext.calibration.step_times import Decoders, answer
+from medusa_ext.calibration.texts import Text, read_data, read_prompts
+from medusa_ext.calibration.tree_search import search
+from medusa_ext.device import check_model, kind_of, open_device
+from medusa_ext.distill.prompts import Prompt
+from medusa_ext.loading import LoadedModel, LoadError, load_checkpoint, open_checkpoint
+from medusa_ext.loading.exporting import CALIBRATION_FILE
+from medusa_ext.memory import Guesses, Limits, Sizes, check_memory
+from medusa_ext.options import DTYPES, choice, integer
+from medusa_ext.prompts import PromptEncoder
+from medusa_ext.trees import MAX_NODES, MAX_RANKS, Paths
+
+NODES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+TIMED_PROMPTS = 8
+TIMED_TOKENS = 64
+_STORED_RANKS = 64
+_ANSWERS_AT_ONCE = 8
+_FEW_TOKENS = 5000
+
+# progress(what, how many in all) -> done(how many more)
+Progress = Callable[[str, int], Callable[[int], None]]
+Content = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to calibrate, and how.
+
+    Attributes:
+        model: as for `Engine`.
+        heads: as for `Engine`.
+        data: JSONL of records or prompts to learn from; None: only step times are measured, for
+            heads that carry a calibration.
+        prompts: JSONL of prompts for the check; None: no check.
+        out: folder of calibration.json; None: that of the heads.
+        nodes: numbers of nodes to measure, the root counted; 1, plain decoding, always is.
+        max_new_tokens: of an answer to a prompt.
+        device: as for `Engine`.
+        dtype: as for `Engine`.
+        threads: as for `Engine`.
+        local_files_only: as for `Engine`.
+    """
+
+    model: str
+    heads: str = "auto"
+    data: Path | None = None
+    prompts: Path | None = None
+    out: Path | None = None
+    nodes: Sequence[int] = NODES
+    max_new_tokens: int = 128
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    local_files_only: bool = False
+
+
+def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
+    """Calibrate heads and write calibration.json.
+
+    Returns:
+        The file's content, and its path.
+
+    Raises:
+        LoadError, ValueError: something given is impossible; nothing was written.
+        NotImplementedError, MemoryError, medusa_ext.CudaError: as `Engine`.
+    """
+    choice("dtype", request.dtype, DTYPES)
+    integer("max_new_tokens", request.max_new_tokens, 2)
+    nodes = sorted({integer("nodes", count, 1, MAX_NODES) for count in (1, *request.nodes)})
+    backend = open_device(request.device, threads=request.threads)
+    checkpoint = open_checkpoint(
+        request.model, request.heads, local_files_only=request.local_files_only
+    )
+    info, config = checkpoint.heads_info, checkpoint.config
+    if info is None:
+        raise LoadError(
+            f"{request.model} has no Medusa heads; name them: medusa-ext calibrate MODEL HEADS"
+        )
+    path = _output(request.out or info.path)
+    data, content = None, {}
+    if request.data is not None:
+        data = read_data(
+            request.data, vocab_size=config["vocab_size"], max_context=config["max_context"]
+        )
+    elif path.is_file():
+        content = read_calibration(path, config).content
+    else:
+        raise LoadError(
+            f"{path} does not exist yet; give held-out text with --data, which it is made from"
+        )
+    asked = [] if request.prompts is None else read_prompts(request.prompts)
+    dtype, kind = checkpoint.dtype(request.dtype), kind_of(backend.name)
+    check_model(config, dtype, kind)
+    limits = Limits(max_batch=_ANSWERS_AT_ONCE).within(config["max_context"])
+    guesses = Guesses(max(nodes), config["heads"]["num_heads"])
+    check_memory(Sizes(checkpoint, kind, dtype, limits, guesses), backend)
+
+    loaded = load_checkpoint(checkpoint, dtype=request.dtype, backend=backend)
+    work = _Work(loaded, request.max_new_tokens, progress)
+    prompts = [] if not asked else work.encode(asked)
+    seen: list[list[int]] = []
+    if data is not None:
+        texts = work.texts(data)
+        seen = [text.tokens[: text.answers[0][0]] for text in texts]
+        content = {
+            "version": 1,
+            "model": request.model,
+            "vocab_size": config["vocab_size"],
+            "data": "" if request.data is None else request.data.name,
+            **work.statistics(texts, nodes),
+            "step_times": [],
+        }
+    nodes = [count for count in nodes if count <= len(content["tree"]) + 1]
+    work.open(content["tree"], nodes, [*seen, *prompts])
+    row = {"device": kind, "detail": backend.detail, "dtype": dtype, "threads": backend.threads}
+    row |= work.step_times(content["predicted"], seen or prompts)
+    same = ("device", "detail", "dtype", "threads")
+    content["step_times"] = [
+        other
+        for other in content["step_times"]
+        if any(other.get(name) != row[name] for name in same)
+    ] + [row]
+    content.pop("check", None)
+    if asked:
+        known = {tuple(prompt) for prompt in seen}
+        repeated = sum(tuple(prompt) in known for prompt in prompts)
+        if repeated:
+            warnings.warn(
+                f"{repeated} of the {len(prompts)} prompts of the check were calibrated on; what "
+                "it says of these is no prediction",
+                stacklevel=2,
+            )
+        content["check"] = work.check(asked, prompts, content, row)
+    write_calibration(path, content)
+    return content, path
+
+
+def _output(folder: Path) -> Path:
+    """The file to write, in a folder that can be written to."""
+    if not folder.is_dir():
+        raise LoadError(f"cannot write into {folder}; give an existing directory with --out")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LoadError(f"no permission to write into {folder}; give another directory with --out")
+    return folder / CALIBRATION_FILE
+
+
+class _Work:
+    """A loaded model and what is done with it."""
+
+    def __init__(self, loaded: LoadedModel, max_new_tokens: int, progress: Progress) -> None:
+        self.loaded, self.config = loaded, loaded.config
+        self.max_new_tokens, self.progress = max_new_tokens, progress
+        self.max_context = self.config["max_context"]
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of the first turns, with the chat template where the model has one."""
+        encoder = PromptEncoder(
+            self.loaded.tokenizer, self.loaded.chat_template, self.config["vocab_size"]
+        )
+        room = self.max_context - self.max_new_tokens
+        asked: list[object] = []
+        for one in prompts:
+            system = [] if one.system is None else [{"role": "system", "content": one.system}]
+            messages = [*system, {"role": "user", "content": one.turns[0]}]
+            asked.append(messages if self.loaded.chat_template else one.turns[0])
+        return encoder.encode_batch(asked, room)[0]
+
+    def texts(self, data: list[Text] | list[Prompt]) -> list[Text]:
+        """Records as they are; prompts with the model's answers."""
+        texts = [one for one in data if isinstance(one, Text)]
+        prompts = [one for one in data if isinstance(one, Prompt)]
+        if not prompts:
+            return texts
+        encoded = self.encode(prompts)
+        session = _core.Session(self.loaded.model, None, max_batch=_ANSWERS_AT_ONCE)
+        done = self.progress("answers", len(prompts))
+        answers = answer(
+            session, encoded, self.max_new_tokens, self.loaded.eos_ids, lambda: done(1)
+        )
+        return [
+            Text(tokens + made, [(len(tokens), len(tokens) + len(made))], one.category or "")
+            for one, tokens, made in zip(prompts, encoded, answers, strict=True)
+        ]
+
+    def statistics(self, texts: Sequence[Text], nodes: Sequence[int]) -> Content:
+        """Accuracies, the tree, and what it will do: chosen on one half, predicted on the other."""
+        if len(texts) < 2:
+            raise LoadError("the data hold one text; wanted at least 2, to choose and to predict")
+        heads = self.config["heads"]
+        ranks = collect(
+            self.loaded.model,
+            texts,
+            num_heads=heads["num_heads"],
+            num_ranks=min(MAX_RANKS, heads["head_vocab"]),
+            hidden_size=self.config["hidden_size"],
+            done=self.progress("ranks", sum(len(text.tokens) for text in texts)),
+        )
+        if ranks.num_tokens < _FEW_TOKENS:
+            warnings.warn(
+                f"the data hold {ranks.num_tokens} tokens that the model wrote; with fewer than "
+                f"{_FEW_TOKENS} the tree and what it is said to do are rough",
+                stacklevel=2,
+            )
+        chosen, held = ranks.halves()
+        sizes = [count for count in nodes if count > 1] or NODES[1:]
+        paths, values = search(chosen, MAX_NODES - 1, sizes)
+        shares, counts = ranks.accuracies()
+        return {
+            "tokens": ranks.num_tokens,
+            "answers": len(ranks.categories),
+            "heads": [[_short(share) for share in row[:_STORED_RANKS]] for row in shares],
+            "counts": counts.tolist(),
+            "tree": paths,
+            "values": [_short(value) for value in values],
+            "predicted": [
+                _predicted(held, paths, count)
+                | {"chosen_on": _short(walk(chosen, paths[: count - 1]).tokens_per_step)}
+                for count in nodes
+                if count <= len(paths) + 1
+            ],
+            "by_category": {
+                name: _category(part, paths, nodes) for name, part in held.by_category().items()
+            },
+        }
+
+    def open(self, paths: Paths, nodes: Sequence[int], prompts: Sequence[list[int]]) -> None:
+        """Make ready to decode these prompts one at a time."""
+        longest = max((len(prompt) for prompt in prompts), default=TIMED_TOKENS)
+        context = longest + max(self.max_new_tokens, TIMED_TOKENS) + 1
+        self.decoders = Decoders(self.loaded.model, paths, nodes, min(context, self.max_context))
+
+    def step_times(self, predicted: Sequence[Content], prompts: Sequence[list[int]]) -> Content:
+        """Seconds of a step, tokens/s that follow, and the best number of nodes."""
+        room = self.max_context - TIMED_TOKENS
+        fitting = [prompt for prompt in prompts if len(prompt) <= room]
+        fitting = fitting[:: -(-len(fitting) // TIMED_PROMPTS) or 1]  # of every kind
+        # The text hardly matters: what a step takes depends on its rows.
+        timed = fitting or [list(range(min(TIMED_TOKENS, self.config["vocab_size"])))]
+        done = self.progress("step times", len(timed) * len(self.decoders.sessions))
+        seconds = self.decoders.step_times(timed, TIMED_TOKENS, lambda: done(1))
+        rates = {
+            row["nodes"]: row["tokens_per_later_step"] / seconds[row["nodes"]]
+            for row in predicted
+            if row["nodes"] in seconds
+        }
+        return {
+            "seconds": {str(count): _short(value) for count, value in seconds.items()},
+            "tokens_per_s": {str(count): _short(rate) for count, rate in rates.items()},
+            "nodes": max(rates, key=lambda count: rates[count], default=1),
+        }
+
+    def check(
+        self,
+        asked: Sequence[Prompt],
+        prompts: Sequence[list[int]],
+        content: Content,
+        times: Content,
+    ) -> Content:
+        """Decode prompts that were not used: what was predicted, and what is."""
+        nodes = list(self.decoders.sessions)
+        done = self.progress("check", len(prompts) * len(nodes))
+        measured: dict[tuple[str, int], _Measured] = {}
+        for one, tokens in zip(asked, prompts, strict=True):
+            texts = set()
+            for count in nodes:
+                made, stats = self.decoders.decode(
+                    count, tokens, self.max_new_tokens, self.loaded.eos_ids
+                )
+                texts.add(tuple(made))
+                for category in {one.category or "", ""}:
+                    measured.setdefault((category, count), _Measured()).add(len(made), stats)
+                done(1)
+            if len(texts) > 1:
+                raise _core.InternalError("trees changed the text; please report this")
+        predicted = {row["nodes"]: row for row in content["predicted"]}
+        by_category = {}
+        for name in sorted({one.category for one in asked if one.category}):
+            known = content["by_category"].get(name, {}).get("tokens_per_step", {})
+            by_category[name] = {
+                str(count): {
+                    "predicted": known.get(str(count)),
+                    "measured": _short(measured[name, count].tokens_per_step),
+                }
+                for count in nodes
+            }
+        return {
+            "device": {name: times[name] for name in ("device", "detail", "dtype", "threads")},
+            "prompts": len(prompts),
+            "max_new_tokens": self.max_new_tokens,
+            "all": [
+                {
+                    "nodes": count,
+                    "predicted": predicted[count]["tokens_per_step"],
+                    "measured": _short(measured["", count].tokens_per_step),
+                    "predicted_tokens_per_s": times["tokens_per_s"].get(str(count)),
+                    "measured_tokens_per_s": _short(measured["", count].tokens_per_s),
+                }
+                for count in nodes
+                if count in predicted
+            ],
+            "by_category": by_category,
+        }
+
+
+@dataclass
+class _Measured:
+    """Sums over texts."""
+
+    tokens: int = 0
+    steps: int = 0
+    later_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, stats: _core.RequestStats) -> None:
+        self.tokens += tokens
+        self.steps += stats.steps
+        self.later_tokens += tokens - 1  # the first one comes with the prefill
+        self.seconds += stats.decode_s
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.tokens / max(self.steps, 1)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.later_tokens / self.seconds if self.seconds else 0.0
+
+
+def _predicted(ranks: Ranks, paths: Paths, nodes: int) -> Content:
+    done = walk(ranks, paths[: nodes - 1])
+    return {
+        "nodes": nodes,
+        "tokens_per_step": _short(done.tokens_per_step),
+        "tokens_per_later_step": _short(done.tokens_per_later_step),
+    }
+
+
+def _category(ranks: Ranks, paths: Paths, nodes: Sequence[int]) -> Content:
+    shares = ranks.accuracies()[0]
+    return {
+        "tokens": ranks.num_tokens,
+        "top1": [_short(row[0]) for row in shares],
+        "top10": [_short(row[:10].sum()) for row in shares],
+        "tokens_per_step": {
+            str(count): _short(walk(ranks, paths[: count - 1]).tokens_per_step) for count in nodes
+        },
+    }
+
+
+def _short(value: float) -> float:
+    """Six digits say all that is known."""
+    return float(f"{value:.6g}")
