@@ -190,7 +190,12 @@ def test_half_a_line_is_made_again(
 ) -> None:
     path = tmp_path / "data.jsonl"
     data = whole.read_bytes()
-    path.write_bytes(data[: int(share * len(data))])
+    cut = data[: int(share * len(data))]
+    path.write_bytes(cut)
+    if whole_lines := cut.count(b"\n"):
+        distill(engine, path, _own_turns(), records=whole_lines)
+        assert path.read_bytes() == cut[: cut.rindex(b"\n") + 1]
+        path.write_bytes(cut)
     distill(engine, path, _own_turns(), records=40)
     assert path.read_bytes() == data
 

@@ -349,12 +349,12 @@ def test_some_rows_of_a_step(backend: _core.Backend) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_the_size_of_the_step(backend: _core.Backend, dtype: str) -> None:
     """A tree has the same bits alone and beside a prompt so long that a device cuts the work in
-    another way.
+    another way. Its own context is long enough to be cut.
     """
     rng = np.random.default_rng(13)
-    case = PagedCase(backend, [360, 300], 1, 64, 8, 8, dtype)
-    case.write(prompt_rows(0, 0, 340), *random_qkv(rng, case, 340)[1:])
-    rows = join_rows(tree_rows(0, 340, random_parents(rng, 20, 0.4)), prompt_rows(1, 0, 300))
+    case = PagedCase(backend, [440, 300], 1, 64, 8, 8, dtype)
+    case.write(prompt_rows(0, 0, 420), *random_qkv(rng, case, 420)[1:])
+    rows = join_rows(tree_rows(0, 420, random_parents(rng, 20, 0.4)), prompt_rows(1, 0, 300))
     q, k, v = random_qkv(rng, case, 320)
     together = run_step(case, rows, q, k, v)
     for index in [np.arange(20), np.arange(3, 4), np.arange(20, 25), np.arange(319, 320)]:

@@ -324,6 +324,22 @@ def test_filters_of_wide_rows(backend: _core.Backend, kind: str, vocab: int) -> 
     assert close <= 3
 
 
+def test_the_last_of_thousands_that_are_kept(backend: _core.Backend) -> None:
+    """Of equals the first k are kept: k decides whether the id that noise favours is the last."""
+    found = 0
+    for seed in range(8):
+        row = [0.0] * 4096
+        best = first_token(backend, row, Choice(temperature=1.0, seed=seed))
+        if best < 3000:
+            continue  # too few to need a second pass over the row
+        found += 1
+        kept = Choice(temperature=1.0, seed=seed, top_k=best + 1)
+        assert first_token(backend, row, kept) == best
+        dropped = Choice(temperature=1.0, seed=seed, top_k=best)
+        assert first_token(backend, row, dropped) < best
+    assert found > 1
+
+
 def test_repetition_penalty_counts_prompt_root_and_path_once(backend: _core.Backend) -> None:
     choice = Choice(repetition_penalty=2.0)
     assert first_token(backend, [0, 4, 3, 1], choice) == 1

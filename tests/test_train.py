@@ -2,12 +2,14 @@
 
 import errno
 import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -20,6 +22,7 @@ from medusa_ext.training import loss, medusa1, medusa2
 from medusa_ext.training.data import read_data
 from medusa_ext.training.heads import new_heads
 from medusa_ext.training.hidden_cache import make_rows, open_hidden_states
+from medusa_ext.training.medusa1 import HeadsModel
 from medusa_ext.training.report import Progress
 from medusa_ext.training.settings import Settings
 from medusa_ext.training.trainer import HeadsTrainer, TrainingError
@@ -204,6 +207,41 @@ def test_soft_labels_are_the_models_own_distribution(tmp_path: Path) -> None:
         ahead = states.read((torch.tensor(valid) + 1 + head).numpy()).float() @ projection.t()
         expected += 0.8**head * -(ahead.softmax(-1) * log_p).sum(-1).mean()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sample_stands_for_all_rare_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean of what the softmax divides by, over many draws, is that of the whole vocabulary."""
+    monkeypatch.setattr(medusa1, "_SAMPLE", 40)
+    make_model(tmp_path / "m")
+    heads = new_heads(open_checkpoint(tmp_path / "m"), 1, 1)
+    projection, x = torch.randn(320, 32) / 8, torch.randn(4, 32)
+    model = HeadsModel(heads, projection, Settings(precision="f32"), np.arange(0, 320, 20))
+    sums = []
+    for _ in range(400):
+        chosen, lift = model._draw()
+        assert len(chosen) == 16 + 40
+        sums.append((x @ projection[chosen].t() + lift.t()).exp().sum(-1))
+    expected = (x @ projection.t()).exp().sum(-1)
+    # One draw is off by about 20 %, so the mean of 400 by 1 %.
+    torch.testing.assert_close(torch.stack(sums).mean(0), expected, rtol=0.05, atol=0)
+
+
+def test_the_share_of_the_heads_rises_as_a_sine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, shares = make_job(tmp_path, method="self-distill", max_steps=4), []
+    share = medusa2.TunedModel._heads_share
+
+    def seen(self: medusa2.TunedModel) -> float:
+        shares.append(share(self))
+        return shares[-1]
+
+    monkeypatch.setattr(medusa2.TunedModel, "_heads_share", seen)
+    run(job)
+    expected = [0.01 * math.sin(math.pi / 2 * step / 4) for step in range(4) for _ in range(3)]
+    assert shares == pytest.approx(expected)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(

@@ -72,6 +72,14 @@ def test_wide_rows(backend: _core.Backend) -> None:
     assert list(path) == want == [0, 1, 3, 4]
     assert list(emitted) == [*tokens[1:2], *tokens[3:], int(np.argmax(logits[4]))]
 
+    # No token stands out, so that the entropy of the whole row is the judge.
+    flat = normal(rng, 2, vocab)
+    for logit, want in [(-3, [0]), (1, [0, 1])]:
+        flat[0, 8999] = logit
+        assert reference.typical(flat, [5, 8999], [-1, 0], 0.9, 0.09, 0.3) == want
+        path, _ = _core.ops.verify(backend, flat, [5, 8999], [-1, 0], typical(0.9, 0.09, 0.3))
+        assert list(path) == want
+
 
 def test_ends_and_limits_cut_the_path(backend: _core.Backend) -> None:
     logits = np.zeros((4, 5), np.float32)

@@ -193,7 +193,10 @@ class _Run:
         return self._composer.count is None or self._next_start < self._composer.count
 
     def _fill(self) -> None:
-        while len(self._making) < self._slots and self._has_next():
+        # The first alone: what all prompts begin with, the template's system message, is then in
+        # the cache when the others come.
+        slots = self._slots if self._batch.num_tokens else 1
+        while len(self._making) < slots and self._has_next():
             number = self._next_start
             self._next_start += 1
             self._making[number] = self._composer.make(number)

@@ -152,7 +152,7 @@ def draw_curves(history: History, num_heads: int, path: Path) -> None:
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize="x-small")
+            axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     FigureCanvasAgg(figure)
     figure.savefig(path)
 
