@@ -18,21 +18,29 @@ summary() {
   printf '%-34s %4d s\n' total "$SECONDS"
 }
 
-# emulated SANITIZER FOLDER ARGUMENTS...: the CUDA backend compiled for this machine over the emulator in
-# tests/emulator, the emulator's own test, and pytest with these arguments on that device.
-emulated() {
-  local sanitizer=$1 build=$2 package=$2/python/medusa_ext
-  shift 2
+# build_emulated SANITIZER FOLDER: the CUDA backend compiled for this machine over the emulator in tests/emulator, and
+# the Python module, by the current interpreter. A folder that was configured before keeps its interpreter.
+build_emulated() {
+  local build=$2
   # The headers of CUDA are those of a toolkit, else these packages'.
   [[ -e /usr/local/cuda/include/cuda_runtime_api.h ]] \
     || pip install --quiet nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
   mkdir -p "$build"
-  cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DMEDUSA_CUDA=OFF \
-    -DMEDUSA_CUDA_EMULATED=ON -DMEDUSA_BUILD_TESTS=ON -DMEDUSA_BUILD_PYTHON=ON -DMEDUSA_SANITIZE="$sanitizer" \
-    -DPYBIND11_FINDPYTHON=ON -DPython_EXECUTABLE="$(command -v python)" \
-    -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$package" \
-    > "$build.log" || { cat "$build.log"; return 1; }
+  [[ -e $build/build.ninja ]] \
+    || cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DMEDUSA_CUDA=OFF \
+      -DMEDUSA_CUDA_EMULATED=ON -DMEDUSA_BUILD_TESTS=ON -DMEDUSA_BUILD_PYTHON=ON -DMEDUSA_SANITIZE="$1" \
+      -DPYBIND11_FINDPYTHON=ON -DPython_EXECUTABLE="$(command -v python)" \
+      -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$build/python/medusa_ext" \
+      > "$build.log" || { cat "$build.log"; return 1; }
   cmake --build "$build"
+}
+
+# emulated SANITIZER FOLDER ARGUMENTS...: build_emulated, the emulator's own test, and pytest with these arguments on
+# that device.
+emulated() {
+  local sanitizer=$1 build=$2 package=$2/python/medusa_ext
+  shift 2
+  build_emulated "$sanitizer" "$build"
   ctest --test-dir "$build" --output-on-failure -R '^emulator_'
   cp -r python/medusa_ext/. "$package"
 

@@ -111,7 +111,7 @@ def _parse_json(text: str, where: str) -> Any:  # noqa: ANN401 - JSON
 
 def _rows_of_dataset(name: str, split: str) -> Iterable[tuple[str, Any]]:
     try:
-        import datasets  # type: ignore[import-untyped, unused-ignore]  # an extra
+        import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]  # an extra
     except ImportError:
         raise ImportError(
             f"no file is named {name}, and a data set of that name needs the datasets library; "
