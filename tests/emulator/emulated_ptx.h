@@ -26,16 +26,20 @@ struct MatrixRow {
   uint16_t elements[8];
 };
 
+// A function, since a lambda would be traced.
+EMU_NOT_TRACED inline uint32_t matrix_element(void* const* args, int matrix, int row, int column) {
+  return static_cast<MatrixRow*>(args[8 * matrix + row])->elements[column];
+}
+
 template <bool kTranspose>
 EMU_NOT_TRACED void finish_ldmatrix(uint32_t, void* const* args) {
-  const auto element = [&](int matrix, int row, int column) -> uint32_t {
-    return static_cast<MatrixRow*>(args[8 * matrix + row])->elements[column];
-  };
   for (int lane = 0; lane < 32; ++lane) {
     const int row = lane / 4, column = 2 * (lane % 4);
     for (int m = 0; m < 4; ++m) {
-      const uint32_t low = kTranspose ? element(m, column, row) : element(m, row, column);
-      const uint32_t high = kTranspose ? element(m, column + 1, row) : element(m, row, column + 1);
+      const uint32_t low =
+          kTranspose ? matrix_element(args, m, column, row) : matrix_element(args, m, row, column);
+      const uint32_t high = kTranspose ? matrix_element(args, m, column + 1, row)
+                                       : matrix_element(args, m, row, column + 1);
       static_cast<MatrixRow*>(args[lane])->registers[m] = low | high << 16;
     }
   }
