@@ -131,8 +131,10 @@ def test_sharded_and_pickled_bases(tmp_path, base):
 
 def test_without_a_base_where_none_is_needed(tmp_path, base):
     for source, target in ("AB", "BA", "BE", "EB", "CC", "EE"):
-        folder = make(tmp_path / (source + target), source, base)
-        convert(folder, tmp_path / f"{source}{target}out", target)
+        folder = make(tmp_path / (source + target), source, base, bias=True)
+        there = convert(folder, tmp_path / f"{source}{target}out", target)
+        state = util.random_heads(bias=True, own_lm_head=source != "C")
+        assert_same(head_state(there), spelled(target, state))
 
 
 def test_biases_of_e(tmp_path, base):
