@@ -415,7 +415,8 @@ def test_data_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
     assert cli.run(arguments) == 2
     assert (
-        "d.jsonl:1: token 49000 is outside the model's vocabulary of 320" in capsys.readouterr().err
+        "d.jsonl, line 1: token 49000 is outside the model's vocabulary of 320"
+        in capsys.readouterr().err
     )
 
 

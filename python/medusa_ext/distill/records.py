@@ -5,12 +5,97 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from medusa_ext.loading import LoadError
 from medusa_ext.options import shown
+
+
+@dataclass(frozen=True)
+class Record:
+    """A conversation as tokens.
+
+    Attributes:
+        ids: [S] i32, as the model saw and wrote them.
+        generated: [S], the tokens that the model wrote, its end-of-sequence token included.
+        line: everything that the file says of it.
+    """
+
+    ids: NDArray[np.int32]
+    generated: NDArray[np.bool_]
+    line: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_records(
+    path: Path, *, vocab_size: int, max_context: int, max_length: int | None = None
+) -> Iterator[Record]:
+    """Read a file of records: input_ids and assistant_mask, a 1 for each token of the model's.
+
+    Args:
+        path: of the file.
+        vocab_size: V of the model.
+        max_context: tokens that the model can see.
+        max_length: cut longer records here; None: refuse those beyond max_context.
+
+    Raises:
+        LoadError: the file, its line, and what is wrong with it.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, text in enumerate(file, 1):
+                if text.strip():
+                    where = f"{path}, line {number}"
+                    yield _record(text, where, vocab_size, max_context, max_length)
+    except OSError as error:
+        raise LoadError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise LoadError(f"cannot read {path}: it is not UTF-8") from None
+
+
+def _record(
+    text: str, where: str, vocab_size: int, max_context: int, max_length: int | None
+) -> Record:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{where} is not JSON: {error}") from None
+    if not isinstance(line, dict):
+        raise LoadError(f"{where} holds {shown(line)}; wanted a record of medusa-ext distill")
+    ids, mask = (_whole_numbers(line, name, where) for name in ("input_ids", "assistant_mask"))
+    if len(ids) != len(mask) or ((mask != 0) & (mask != 1)).any():
+        raise LoadError(
+            f"{where}: assistant_mask must hold 0 or 1 for each of the {len(ids)} input_ids"
+        )
+    bad = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(bad):
+        raise LoadError(
+            f"{where}: token {bad[0]} is outside the model's vocabulary of {vocab_size}; is the "
+            "data from another model?"
+        )
+    if max_length is None and len(ids) > max_context:
+        raise LoadError(
+            f"{where}: {len(ids)} tokens; the model's context holds {max_context}: leave the "
+            "record out or cut it (medusa-ext train does with --max-length)"
+        )
+    end = min(max_length or max_context, max_context)
+    return Record(ids[:end].astype(np.int32), mask[:end].astype(bool), line)
+
+
+def _whole_numbers(line: Mapping[str, Any], name: str, where: str) -> NDArray[np.int64]:
+    numbers = line.get(name)
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise LoadError(f"{where}: {name} is missing or no list of whole numbers")
+    try:
+        return np.array(numbers, np.int64)
+    except OverflowError:
+        raise LoadError(f"{where}: {name} holds a number beyond 64 bits") from None
 
 
 class RecordFile:

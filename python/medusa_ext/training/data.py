@@ -1,8 +1,7 @@
-"""Records of tokens, as `medusa-ext distill` writes them: read, checked, and split."""
+"""Records of tokens, as `medusa-ext distill` writes them, split in two."""
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medusa_ext.distill.records import Record, read_records
 from medusa_ext.loading import LoadError
 
 
-@dataclass(frozen=True)
-class Record:
-    """One conversation. `generated` marks the tokens that the model wrote, end-of-turn included."""
-
-    ids: NDArray[np.int32]  # [S]
-    generated: NDArray[np.bool_]  # [S]
-
-    def digest(self) -> bytes:
-        """Of tokens and mask: 32 bytes, the same wherever the record stands."""
-        return hashlib.sha256(self.ids.tobytes() + self.generated.tobytes()).digest()
+def digest(record: Record) -> bytes:
+    """Of tokens and mask: 32 bytes, the same wherever the record stands."""
+    return hashlib.sha256(record.ids.tobytes() + record.generated.tobytes()).digest()
 
 
 @dataclass
@@ -42,7 +35,7 @@ class Data:
 
     def digest(self) -> str:
         """Of all records and their order."""
-        return hashlib.sha256(b"".join(record.digest() for record in self.records)).hexdigest()
+        return hashlib.sha256(b"".join(map(digest, self.records))).hexdigest()
 
 
 def read_data(
@@ -74,11 +67,12 @@ def read_data(
     skipped = 0
     for path in paths:
         before = len(records) + skipped
-        for where, value in _objects(path):
-            record = _record(value, where, vocab_size, max_context, max_length)
+        for record in read_records(
+            path, vocab_size=vocab_size, max_context=max_context, max_length=max_length
+        ):
             if record.generated[1:].any():  # the first token has no position before it
-                records.append(record)
-                found = value.get("settings")
+                records.append(Record(record.ids, record.generated))
+                found = record.line.get("settings")
                 settings = settings or (found if isinstance(found, dict) else {})
             else:
                 skipped += 1
@@ -94,71 +88,10 @@ def read_data(
 
 
 def _split(records: Sequence[Record], share: float) -> NDArray[np.bool_]:
-    draws = [int.from_bytes(record.digest()[:8], "big") / 2**64 for record in records]
+    draws = [int.from_bytes(digest(record)[:8], "big") / 2**64 for record in records]
     chosen = np.array([draw < share for draw in draws])
     if not chosen.any():
         chosen[int(np.argmin(draws))] = True
     if chosen.all():
         chosen[int(np.argmax(draws))] = False
     return chosen
-
-
-def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file, each with its place for messages."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise LoadError(f"{where} is not valid JSON: {error}") from None
-                if not isinstance(value, dict):
-                    raise LoadError(f"{where} holds a JSON {type(value).__name__}; wanted objects")
-                yield where, value
-    except OSError as error:
-        raise LoadError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise LoadError(f"{path} is not UTF-8 text; wanted one JSON object a line") from None
-
-
-def _record(
-    value: dict[str, Any], where: str, vocab_size: int, max_context: int, max_length: int | None
-) -> Record:
-    ids = _whole_numbers(value.get("input_ids"), f"{where}: input_ids")
-    mask = _whole_numbers(value.get("assistant_mask"), f"{where}: assistant_mask")
-    if len(ids) != len(mask):
-        raise LoadError(
-            f"{where}: {len(ids)} input_ids and {len(mask)} of assistant_mask; wanted equal numbers"
-        )
-    bad = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(bad):
-        raise LoadError(
-            f"{where}: token {bad[0]} is outside the model's vocabulary of {vocab_size}; is the "
-            "data from another model?"
-        )
-    if ((mask != 0) & (mask != 1)).any():
-        raise LoadError(f"{where}: assistant_mask holds other numbers than 0 and 1")
-    if len(ids) > min(max_length or max_context, max_context):
-        if max_length is None:
-            raise LoadError(
-                f"{where}: {len(ids)} tokens; the model's context holds {max_context}: cut longer "
-                "records with --max-length"
-            )
-        ids, mask = ids[: min(max_length, max_context)], mask[: min(max_length, max_context)]
-    return Record(ids.astype(np.int32), mask.astype(bool))
-
-
-def _whole_numbers(value: object, what: str) -> NDArray[np.int64]:
-    if not isinstance(value, list) or not _are_ints(value):
-        raise LoadError(f"{what} is missing or no list of whole numbers")
-    try:
-        return np.array(value, np.int64)
-    except OverflowError:
-        raise LoadError(f"{what} holds a number beyond 64 bits") from None
-
-
-def _are_ints(values: Iterable[object]) -> bool:
-    return all(type(value) is int for value in values)

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from medusa_ext import _core
 from medusa_ext.device import open_device
+from medusa_ext.distill.records import Record
 from medusa_ext.loading import Checkpoint, load_checkpoint
 from medusa_ext.loading.files import SafetensorsTensors
-from medusa_ext.training.data import Data, Record
+from medusa_ext.training.data import Data, digest
 from medusa_ext.training.files import cannot_write, write_tensors
 
 _SHARD_ROWS = 1 << 16
@@ -119,7 +120,7 @@ def open_hidden_states(
     shards = list(_shards(data.records))
     model = _identity(checkpoint)
     paths = [
-        folder / f"{hashlib.sha256(b''.join([model, *map(Record.digest, s)])).hexdigest()[:32]}"
+        folder / f"{hashlib.sha256(b''.join([model, *map(digest, s)])).hexdigest()[:32]}"
         ".safetensors"
         for s in shards
     ]

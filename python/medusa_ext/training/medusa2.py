@@ -13,9 +13,10 @@ from huggingface_hub import save_torch_state_dict
 from numpy.typing import NDArray
 from torch import nn
 
+from medusa_ext.distill.records import Record
 from medusa_ext.loading import Checkpoint, LoadError
 from medusa_ext.training.accuracy import compute_metrics
-from medusa_ext.training.data import Data, Record
+from medusa_ext.training.data import Data
 from medusa_ext.training.heads import MedusaHeads, heads_config
 from medusa_ext.training.loss import Target, cross_entropy, judge
 from medusa_ext.training.settings import Settings
