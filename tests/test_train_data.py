@@ -11,6 +11,7 @@ import torch
 
 from loading_util import make_model
 from medusa_ext import Engine
+from medusa_ext.distill.records import Record
 from medusa_ext.loading import LoadError, open_checkpoint
 from medusa_ext.training import hidden_cache
 from medusa_ext.training.data import Data, read_data
@@ -132,6 +133,16 @@ def test_labels_are_the_tokens_ahead_in_the_same_turn(tmp_path: Path) -> None:
     assert at == len(rows.token)
 
 
+@pytest.mark.parametrize(("part", "out"), [("to learn from", False), ("set aside", True)])
+def test_both_parts_have_something_to_guess(tmp_path: Path, part: str, out: bool) -> None:
+    data = read(write_records(tmp_path / "a.jsonl", [(cycle(i, 9), [1] * 9) for i in range(9)]))
+    for index in np.flatnonzero(data.held_out == out):
+        ids = data.records[index].ids
+        data.records[index] = Record(ids, np.arange(9) == 4)
+    with pytest.raises(LoadError, match=rf"a\.jsonl: no answer of the records {part} holds two"):
+        make_rows(data)
+
+
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Data]:
     """A model, and data of several shards."""
@@ -184,7 +195,7 @@ def test_the_cache_goes_on_where_it_was(
         checkpoint, data, cache, progress=lambda done, total: computed.append((done, total))
     )
     assert 0 < len(computed) < len(data.records)
-    assert computed[-1] == (len(computed), len(computed))
+    assert computed[-1][0] == computed[-1][1] < sum(len(one.ids) for one in data.records)
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
 
     monkeypatch.setattr(hidden_cache, "load_checkpoint", None)  # nothing is missing now

@@ -190,8 +190,28 @@ def test_halves_share_no_text_and_see_every_category():
     parts = [np.full((n, 1), n) for n in range(1, 9)]
     ranks = make_ranks(parts, 20, ["a", "b"] * 4)
     first, second = ranks.halves()
-    assert {int(row) for row in first.ranks[:, 0]} == {1, 2, 5, 6}
-    assert {int(row) for row in second.ranks[:, 0]} == {3, 4, 7, 8}
-    assert first.categories == second.categories == ("a", "b", "a", "b")
+    assert {int(row) for row in first.ranks[:, 0]} == {1, 4, 5, 8}
+    assert {int(row) for row in second.ranks[:, 0]} == {2, 3, 6, 7}
+    assert sorted(first.categories) == sorted(second.categories) == ["a", "a", "b", "b"]
     assert set(first.by_category()) == {"a", "b"}
-    assert first.by_category()["b"].ranks[:, 0].tolist() == [2, 2, 6, 6, 6, 6, 6, 6]
+    assert first.by_category()["b"].ranks[:, 0].tolist() == [4] * 4 + [8] * 8
+
+
+@pytest.mark.parametrize("categories", ["abcdef", "aaabbbccc", "aab", "ab"])
+def test_halves_of_odd_categories_are_balanced(categories):
+    ranks = make_ranks([np.full((1, 1), 0)] * len(categories), 20, list(categories))
+    first, second = (len(half.categories) for half in ranks.halves())
+    assert abs(first - second) <= 1
+
+
+def test_error_of_tokens_per_step():
+    """The ratio estimator by hand: texts of 4 and 2 answers' tokens, of 3 steps and 2."""
+    one, other = np.array([[0], [1], [1]]), np.array([[1]])
+    ranks = make_ranks([one, other], 2)
+    done = walk(ranks, [[0]])
+    assert (done.tokens, done.steps) == (4 + 2, 3 + 2)
+    off = 4 - 6 / 5 * 3, 2 - 6 / 5 * 2
+    assert done.error == pytest.approx((2 * (off[0] ** 2 + off[1] ** 2)) ** 0.5 / 5)
+    assert walk(ranks, []).error == 0  # one token a step, whatever the text
+    turns = Ranks(ranks.ranks, ranks.starts, ranks.categories, (0, 0), 2)
+    assert walk(turns, [[0]]).error is None  # one text says nothing of others

@@ -62,7 +62,7 @@ def make_job(folder: Path, name: str = "heads", **changes: Any) -> Job:
     own = {key: changes.pop(key) for key in list(changes) if key in Job.__dataclass_fields__}
     settings: dict[str, Any] = {"num_heads": 3, "batch_size": 64, "warmup": 2, "max_steps": 12}
     if changes.get("method", "medusa1") != "medusa1":
-        settings |= {"batch_size": 8, "lora_rank": 4}
+        settings |= {"batch_size": 8, "accumulate": 1, "lora_rank": 4}
     return Job(
         **{
             "model": str(folder / "model"),

@@ -6,10 +6,11 @@ One key a line:
 - `heads` [K][R]: how often a head's candidate of rank r is the model's own token, over `counts` [K]
 - `tree`: paths, the most valuable first, so that its beginning is the tree of any number of nodes;
   `values`: how often a step's tokens run through each
-- `predicted`: for each number of nodes the tokens per step on text that did not choose the tree
-- `by_category`: accuracies and predictions by the data's own categories
+- `predicted`: for each number of nodes the tokens per step on text that did not choose the tree,
+  and its standard error over texts
+- `by_category`: `heads`, `counts` and tokens per step by the data's own categories
 - `step_times`: a row for each device: seconds of a step by number of nodes, and the best number
-- `check`: prediction against measurement, on prompts that were not used
+- `check`: prediction against measurement, on prompts that were not used, and on which device
 """
 
 from __future__ import annotations
@@ -30,6 +31,33 @@ from medusa_ext.trees import MAX_NODES, Paths, resolve_tree
 
 _MAX_BYTES = 16 << 20
 _REPAIR = "make it again with `medusa-ext calibrate`, or remove it"
+
+SAME_DEVICE = ("device", "detail", "dtype", "threads")  # of a row of step_times, and of check
+
+# What each key must hold: a type, [of all], or {key: of its value}, ... standing for any key;
+# (of it,) may also be null or absent.
+_SHARES = {"heads": [[float]], "counts": [int]}
+_SHAPE = {
+    "model": str,
+    "data": str,
+    "tokens": int,
+    **_SHARES,
+    "tree": list,
+    "values": [float],
+    "predicted": [
+        {"nodes": int, "tokens_per_step": float, "error": (float,), "tokens_per_later_step": float}
+    ],
+    "by_category": {...: {**_SHARES, "tokens_per_step": {...: float}}},
+    "step_times": [
+        {"device": str, "dtype": str, "threads": int, "nodes": int, "seconds": {...: float}}
+    ],
+}
+_CHECK = {
+    "device": {...: object},
+    "prompts": int,
+    "all": [{"nodes": int, "predicted": float, "measured": float, "measured_tokens_per_s": float}],
+    "by_category": {...: {...: {"measured": float}}},
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +81,7 @@ class Calibration:
             return AUTO_NODES[device]
         like = max(  # the last of several that are equally like
             enumerate(rows),
-            key=lambda at: (at[1]["dtype"] == dtype, at[1]["threads"] == threads, at[0]),
+            key=lambda at: (at[1]["dtype"] == dtype, -abs(at[1]["threads"] - threads), at[0]),
         )
         return int(like[1]["nodes"])
 
@@ -110,6 +138,14 @@ def read_calibration(path: Path, config: Mapping[str, Any]) -> Calibration:
     return _parsed(text, str(path), config)
 
 
+def check_here(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The check of a calibration's content, if it was made on the device of the last step times."""
+    check: dict[str, Any] = content.get("check", {})
+    times = content["step_times"][-1]
+    here = {name: times.get(name) for name in SAME_DEVICE}
+    return check if check.get("device") == here else {}
+
+
 def _parsed(text: str, where: str, config: Mapping[str, Any]) -> Calibration:
     try:
         content = json.loads(text)
@@ -154,25 +190,44 @@ def _checked(content: object, config: Mapping[str, Any]) -> Calibration:
             f"it is for a vocabulary of {content.get('vocab_size')}, the model has "
             f"{config['vocab_size']}"
         )
-    tree, rows = content.get("tree"), content.get("step_times")
-    if not isinstance(tree, list) or len(tree) >= MAX_NODES:
+    _match(content, _SHAPE)
+    if "check" in content:
+        _match(content["check"], _CHECK, "check")
+    tree, rows = content["tree"], content["step_times"]
+    if len(tree) >= MAX_NODES:
         raise ValueError(f"tree must be a list of up to {MAX_NODES - 1} paths")
     resolve_tree(tree, own["num_heads"], vocab_size=own["head_vocab"])
     for count, path in enumerate(tree):  # the beginning of the list must be a tree too
         if len(path) > 1 and path[:-1] not in tree[:count]:
             raise ValueError(f"path {path} stands before its parent")
-    if not isinstance(rows, list):
-        raise ValueError("step_times must be a list")
-    return Calibration(tree, [_checked_row(row) for row in rows], content)
+    for row in (*content["predicted"], *rows):
+        if not 1 <= row["nodes"] <= MAX_NODES:
+            raise ValueError(f"nodes is {row['nodes']}; wanted 1 to {MAX_NODES}")
+    if len(content["values"]) != len(tree):
+        raise ValueError(f"it has {len(content['values'])} values for {len(tree)} paths")
+    for part in (content, *content["by_category"].values()):
+        if not len(part["heads"]) == len(part["counts"]) == own["num_heads"]:
+            raise ValueError(f"heads and counts must have {own['num_heads']} entries each")
+    return Calibration(tree, rows, content)
 
 
-def _checked_row(row: object) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError("step_times must hold objects")
-    wanted = {"device": str, "dtype": str, "threads": int, "nodes": int, "seconds": dict}
-    for name, kind in wanted.items():
-        if type(row.get(name)) is not kind:
-            raise ValueError(f"step_times: {name} is missing or of the wrong type")
-    if not 1 <= row["nodes"] <= MAX_NODES:
-        raise ValueError(f"step_times: nodes is {row['nodes']}; wanted 1 to {MAX_NODES}")
-    return row
+def _match(value: Any, shape: Any, where: str = "") -> None:  # noqa: ANN401 - JSON
+    """Compare a value with what it must hold; ValueError names the place."""
+    if isinstance(shape, tuple):
+        if value is None:
+            return
+        (shape,) = shape
+    kind = shape if isinstance(shape, type) else type(shape)
+    if kind is float:
+        fits = type(value) in (int, float) and abs(value) < 1e18  # NaN is not
+    else:
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits:
+        raise ValueError(f"{where} is missing or of the wrong type")
+    if kind is list and shape is not list:
+        for index, item in enumerate(value):
+            _match(item, shape[0], f"{where}[{index}]")
+    elif kind is dict and shape is not dict:
+        keys = value if ... in shape else shape
+        for key in keys:
+            _match(value.get(key), shape.get(key, shape.get(...)), f"{where}.{key}".lstrip("."))

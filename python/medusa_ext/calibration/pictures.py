@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from medusa_ext.calibration.file import check_here
 from medusa_ext.device import AUTO_NODES
 from medusa_ext.loading import LoadError
 
@@ -36,13 +37,15 @@ def draw(content: dict[str, Any], folder: Path) -> list[Path]:
         "tree.png": tree_figure(content["tree"][: nodes - 1], content["values"]),
         "speed.png": speed_figure(content),
     }
-    try:
-        for name, figure in figures.items():
-            partial = folder / f".{name}.partial"
+    for name, figure in figures.items():
+        partial = folder / f".{name}.partial"
+        try:
             figure.savefig(partial, format="png", dpi=150, facecolor="white")
             partial.replace(folder / name)
-    except OSError as error:
-        raise LoadError(f"cannot write pictures into {folder}: {error.strerror}") from None
+        except OSError as error:
+            raise LoadError(f"cannot write {folder / name}: {error.strerror or error}") from None
+        finally:
+            partial.unlink(missing_ok=True)
     return [folder / name for name in figures]
 
 
@@ -116,7 +119,7 @@ def tree_figure(paths: list[list[int]], values: list[float]) -> Figure:
 
 def speed_figure(content: dict[str, Any]) -> Figure:
     """Tokens/s and tokens per step over the number of nodes, predicted and measured."""
-    times, check = content["step_times"][-1], content.get("check")
+    times, check = content["step_times"][-1], check_here(content)
     figure = _figure(9.0, 3.8)
     left, right = figure.subplots(1, 2)
     rates = {int(count): rate for count, rate in times["tokens_per_s"].items()}

@@ -66,12 +66,18 @@ class Ranks:
         )
 
     def halves(self) -> tuple[Ranks, Ranks]:
-        """Return two halves that share no text; the texts of each category take turns."""
+        """Return two halves that share no text; the texts of each category take turns.
+
+        A new category begins in the half that has fewer texts.
+        """
         turn: dict[str, int] = {}
         side: dict[int, int] = {}
+        sizes = [0, 0]
         for text, category in zip(self.texts, self.categories, strict=True):
             if text not in side:
-                turn[category] = side[text] = 1 - turn.get(category, 1)
+                fewer = int(sizes[1] < sizes[0])
+                turn[category] = side[text] = 1 - turn.get(category, 1 - fewer)
+                sizes[side[text]] += 1
         parts = ([a for a, text in enumerate(self.texts) if side[text] == half] for half in (0, 1))
         first, second = (self.choose(part) for part in parts)
         return first, second
@@ -111,12 +117,14 @@ class Walk:
         steps: that emit them; the first of an answer, which has no tree, emits one.
         answers: with any token.
         visited: [P] bool; the rows at which a step begins.
+        error: of `tokens_per_step`, its standard error over texts; None of one text.
     """
 
     tokens: int
     steps: int
     answers: int
     visited: NDArray[np.bool_]
+    error: float | None
 
     @property
     def tokens_per_step(self) -> float:
@@ -150,13 +158,26 @@ def walk(ranks: Ranks, paths: Paths) -> Walk:
     """Decode the answers again with a tree, on ranks alone: exactly the steps of an engine."""
     stride = (accepted(ranks, paths) + 1).tolist()
     visited = np.zeros(len(stride), bool)
+    steps: list[int] = []  # of each answer
     for start, end in zip(ranks.starts[:-1].tolist(), ranks.starts[1:].tolist(), strict=True):
-        row = start
+        row, count = start, 1
         while row < end:
             visited[row] = True
             row += stride[row]
-    answers = len(ranks.categories)
-    return Walk(ranks.num_tokens, answers + int(visited.sum()), answers, visited)
+            count += 1
+        steps.append(count)
+    return Walk(ranks.num_tokens, sum(steps), len(steps), visited, _error(ranks, steps))
+
+
+def _error(ranks: Ranks, steps: Sequence[int]) -> float | None:
+    """The standard error of tokens / steps, a ratio of sums over texts."""
+    _, texts = np.unique(ranks.texts, return_inverse=True)
+    tokens, taken = np.bincount(texts, 1 + np.diff(ranks.starts)), np.bincount(texts, steps)
+    count, total = len(taken), taken.sum()
+    if count < 2:
+        return None
+    off = tokens - tokens.sum() / total * taken
+    return float(np.sqrt(count / (count - 1) * (off**2).sum()) / total)
 
 
 def collect(

@@ -7,20 +7,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from medusa_ext.calibration.file import check_here
+
 _RANKS = (1, 2, 5, 10)
 
 
 def print_report(content: dict[str, Any], console: Console) -> None:
     """Print the tables of a calibration, from the content of its file."""
-    times, check = content["step_times"][-1], content.get("check")
+    times, check = content["step_times"][-1], check_here(content)
     console.print(f"How often a head guesses right, in %, over {content['tokens']:,} tokens:\n")
     console.print(_accuracies(content))
     measured = f", measured on {check['prompts']} prompts" if check else ""
     console.print(f"\nTrees on {times['device']} ({times['detail']}), {times['dtype']}:")
-    console.print(f"predicted on text that did not choose the tree{measured}\n")
+    console.print(f"predicted on text that did not choose the tree (± standard error){measured}\n")
     console.print(_nodes(content))
     console.print('* what tree="auto" takes on this device')
-    if content["by_category"] or (check and check["by_category"]):
+    if content["by_category"] or check.get("by_category"):
         console.print("\nBy category:\n")
         console.print(_categories(content))
 
@@ -35,8 +37,8 @@ def _accuracies(content: dict[str, Any]) -> Table:
 
 def _nodes(content: dict[str, Any]) -> Table:
     times = content["step_times"][-1]
-    check = content.get("check")
-    measured = {row["nodes"]: row for row in check["all"]} if check else {}
+    check = check_here(content)
+    measured = {row["nodes"]: row for row in check.get("all", [])}
     table = _table(
         ["nodes", "step ms", "tokens/step", "tokens/s"]
         + (["measured tokens/step", "off by", "measured tokens/s"] if check else []),
@@ -48,7 +50,7 @@ def _nodes(content: dict[str, Any]) -> Table:
         cells = [
             key + (" *" if row["nodes"] == times["nodes"] else ""),
             f"{1000 * times['seconds'][key]:.2f}",
-            f"{row['tokens_per_step']:.3f}",
+            f"{row['tokens_per_step']:.3f}{_error(row.get('error'))}",
             f"{times['tokens_per_s'][key]:.1f}",
         ]
         if row["nodes"] in measured:
@@ -63,21 +65,36 @@ def _nodes(content: dict[str, Any]) -> Table:
 
 
 def _categories(content: dict[str, Any]) -> Table:
-    nodes = [str(count) for count in (16, 64)]
-    known, check = content["by_category"], content.get("check", {}).get("by_category", {})
-    columns = ["category", "head 0 top 1, %"]
+    nodes = [str(count) for count in _few_sizes(content)]
+    known, check = content["by_category"], check_here(content).get("by_category", {})
+    columns = ["category", "head 0 top 1, %", "positions"]
     for count in nodes:
         columns += [f"tokens/step, {count}"] + ([f"measured, {count}"] if check else [])
     table = _table(columns)
     for name in sorted({*known, *check}):
         own = known.get(name)
-        cells = [name, f"{100 * own['top1'][0]:.1f}" if own else "-"]
+        cells = [name, "-", "-"]
+        if own:
+            cells[1:] = [f"{100 * sum(own['heads'][0][:1]):.1f}", f"{own['counts'][0]:,}"]
         for count in nodes:
             cells.append(_number(own and own["tokens_per_step"].get(count)))
             if check:
                 cells.append(_number(check.get(name, {}).get(count, {}).get("measured")))
         table.add_row(*cells)
     return table
+
+
+def _few_sizes(content: dict[str, Any]) -> list[int]:
+    """Numbers of nodes, at most three: the best here, one in the middle, the largest."""
+    sizes = [row["nodes"] for row in content["predicted"] if row["nodes"] > 1]
+    if len(sizes) <= 3:
+        return sizes
+    best = content["step_times"][-1]["nodes"]
+    return sorted({best, sizes[len(sizes) // 2], sizes[-1]} - {1})
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" ± {value:.3f}"
 
 
 def _number(value: float | None) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from medusa_ext import _core
-from medusa_ext.calibration.file import read_calibration, write_calibration
+from medusa_ext.calibration.file import SAME_DEVICE, read_calibration, write_calibration
 from medusa_ext.calibration.ranks import Ranks, collect, walk
-from medusa_ext.calibration.step_times import Decoders, answer
+from medusa_ext.calibration.step_times import PREFILL_CHUNK, Decoders, answer
 from medusa_ext.calibration.texts import Text, read_data, read_prompts
 from medusa_ext.calibration.tree_search import search
 from medusa_ext.device import check_model, kind_of, open_device
@@ -47,7 +47,8 @@ class Request:
             heads that carry a calibration.
         prompts: JSONL of prompts for the check; None: no check.
         out: folder of calibration.json; None: that of the heads.
-        nodes: numbers of nodes to measure, the root counted; 1, plain decoding, always is.
+        nodes: numbers of nodes to measure, the root counted; 1, plain decoding, always is. None
+            given: those that were calibrated before, or NODES.
         max_new_tokens: of an answer to a prompt.
         device: as for `Engine`.
         dtype: as for `Engine`.
@@ -60,7 +61,7 @@ class Request:
     data: Path | None = None
     prompts: Path | None = None
     out: Path | None = None
-    nodes: Sequence[int] = NODES
+    nodes: Sequence[int] = ()
     max_new_tokens: int = 128
     device: str = "auto"
     dtype: str = "auto"
@@ -80,7 +81,6 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
     """
     choice("dtype", request.dtype, DTYPES)
     integer("max_new_tokens", request.max_new_tokens, 2)
-    nodes = sorted({integer("nodes", count, 1, MAX_NODES) for count in (1, *request.nodes)})
     backend = open_device(request.device, threads=request.threads)
     checkpoint = open_checkpoint(
         request.model, request.heads, local_files_only=request.local_files_only
@@ -91,10 +91,13 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
             f"{request.model} has no Medusa heads; name them: medusa-ext calibrate MODEL HEADS"
         )
     path = _output(request.out or info.path)
-    data, content = None, {}
+    data, content = None, dict[str, Any]()
     if request.data is not None:
         data = read_data(
-            request.data, vocab_size=config["vocab_size"], max_context=config["max_context"]
+            request.data,
+            model=request.model,
+            vocab_size=config["vocab_size"],
+            max_context=config["max_context"],
         )
     elif path.is_file():
         content = read_calibration(path, config).content
@@ -102,20 +105,24 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
         raise LoadError(
             f"{path} does not exist yet; give held-out text with --data, which it is made from"
         )
+    nodes = _sizes(request.nodes, content, path)
     asked = [] if request.prompts is None else read_prompts(request.prompts)
     dtype, kind = checkpoint.dtype(request.dtype), kind_of(backend.name)
     check_model(config, dtype, kind)
     limits = Limits(max_batch=_ANSWERS_AT_ONCE).within(config["max_context"])
     guesses = Guesses(max(nodes), config["heads"]["num_heads"])
-    check_memory(Sizes(checkpoint, kind, dtype, limits, guesses), backend)
+    sizes = Sizes(checkpoint, kind, dtype, limits, guesses)
+    check_memory(sizes, backend)
 
     loaded = load_checkpoint(checkpoint, dtype=request.dtype, backend=backend)
     work = _Work(loaded, request.max_new_tokens, progress)
     prompts = [] if not asked else work.encode(asked)
-    seen: list[list[int]] = []
+    texts = [] if data is None else work.texts(data)
+    seen = [text.tokens[: text.answers[0][0]] for text in texts]
+    timed = work.timed(seen or prompts)
+    context = work.context(timed, prompts)
+    _check_sessions(sizes, len(nodes), context, backend)
     if data is not None:
-        texts = work.texts(data)
-        seen = [text.tokens[: text.answers[0][0]] for text in texts]
         content = {
             "version": 1,
             "model": request.model,
@@ -125,16 +132,14 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
             "step_times": [],
         }
     nodes = [count for count in nodes if count <= len(content["tree"]) + 1]
-    work.open(content["tree"], nodes, [*seen, *prompts])
+    decoders = Decoders(loaded.model, content["tree"], nodes, context)
     row = {"device": kind, "detail": backend.detail, "dtype": dtype, "threads": backend.threads}
-    row |= work.step_times(content["predicted"], seen or prompts)
-    same = ("device", "detail", "dtype", "threads")
+    row |= work.step_times(decoders, content["predicted"], timed)
     content["step_times"] = [
         other
         for other in content["step_times"]
-        if any(other.get(name) != row[name] for name in same)
+        if any(other.get(name) != row[name] for name in SAME_DEVICE)
     ] + [row]
-    content.pop("check", None)
     if asked:
         known = {tuple(prompt) for prompt in seen}
         repeated = sum(tuple(prompt) in known for prompt in prompts)
@@ -144,7 +149,7 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
                 "it says of these is no prediction",
                 stacklevel=2,
             )
-        content["check"] = work.check(asked, prompts, content, row)
+        content["check"] = work.check(decoders, asked, prompts, content, row)
     write_calibration(path, content)
     return content, path
 
@@ -158,20 +163,59 @@ def _output(folder: Path) -> Path:
     return folder / CALIBRATION_FILE
 
 
+def _sizes(asked: Sequence[int], content: Content, path: Path) -> list[int]:
+    """Numbers of nodes to measure; without new data only those that are predicted."""
+    wanted = {integer("nodes", count, 1, MAX_NODES) for count in asked}
+    if not content:
+        return sorted({1, *(wanted or NODES)})
+    known = {row["nodes"] for row in content["predicted"]}
+    if wanted - known:
+        raise LoadError(
+            f"{path} predicts nothing for {_listed(wanted - known)} nodes; it knows "
+            f"{_listed(known)}: give --nodes of these, or --data too"
+        )
+    return sorted({1, *(wanted or known)})
+
+
+def _listed(counts: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(counts)))
+
+
+def _check_sessions(sizes: Sizes, count: int, context: int, backend: _core.Backend) -> None:
+    """Refuse, with MemoryError, more sessions than the device holds beside the model."""
+    limits = Limits(
+        max_batch=count,
+        max_context=context,
+        cache_tokens=count * context,
+        prefill_chunk=min(count * PREFILL_CHUNK, 8192),
+    )
+    # What a GPU has free lacks the weights already.
+    rest = sizes.checkpoint if sizes.device == "cpu" else replace(sizes.checkpoint, entries=[])
+    try:
+        check_memory(replace(sizes, checkpoint=rest, limits=limits), backend)
+    except MemoryError as error:
+        reason = str(error).rpartition("; ")[0]
+        raise MemoryError(
+            f"{count} sizes of trees are timed side by side, with a context of {context} tokens: "
+            f"{reason}; give fewer --nodes or shorter prompts"
+        ) from None
+
+
 class _Work:
     """A loaded model and what is done with it."""
 
     def __init__(self, loaded: LoadedModel, max_new_tokens: int, progress: Progress) -> None:
         self.loaded, self.config = loaded, loaded.config
         self.max_new_tokens, self.progress = max_new_tokens, progress
-        self.max_context = self.config["max_context"]
+        self.max_context: int = self.config["max_context"]
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of the first turns, with the chat template where the model has one."""
         encoder = PromptEncoder(
             self.loaded.tokenizer, self.loaded.chat_template, self.config["vocab_size"]
         )
-        room = self.max_context - self.max_new_tokens
+        most = self.max_context - 1  # of new tokens
+        room = self.max_context - integer("max_new_tokens", self.max_new_tokens, 2, most)
         asked: list[object] = []
         for one in prompts:
             system = [] if one.system is None else [{"role": "system", "content": one.system}]
@@ -198,8 +242,6 @@ class _Work:
 
     def statistics(self, texts: Sequence[Text], nodes: Sequence[int]) -> Content:
         """Accuracies, the tree, and what it will do: chosen on one half, predicted on the other."""
-        if len(texts) < 2:
-            raise LoadError("the data hold one text; wanted at least 2, to choose and to predict")
         heads = self.config["heads"]
         ranks = collect(
             self.loaded.model,
@@ -209,49 +251,54 @@ class _Work:
             hidden_size=self.config["hidden_size"],
             done=self.progress("ranks", sum(len(text.tokens) for text in texts)),
         )
+        chosen, held = ranks.halves()
+        if not (len(chosen.ranks) and len(held.ranks)):
+            raise LoadError(
+                f"the data hold {len(texts)} texts; wanted at least 2 with answers of 2 tokens or "
+                "more: one to choose the tree, one to predict what it does"
+            )
         if ranks.num_tokens < _FEW_TOKENS:
             warnings.warn(
                 f"the data hold {ranks.num_tokens} tokens that the model wrote; with fewer than "
                 f"{_FEW_TOKENS} the tree and what it is said to do are rough",
                 stacklevel=2,
             )
-        chosen, held = ranks.halves()
         sizes = [count for count in nodes if count > 1] or NODES[1:]
         paths, values = search(chosen, MAX_NODES - 1, sizes)
-        shares, counts = ranks.accuracies()
+        nodes = [count for count in nodes if count <= len(paths) + 1]
         return {
-            "tokens": ranks.num_tokens,
             "answers": len(ranks.categories),
-            "heads": [[_short(share) for share in row[:_STORED_RANKS]] for row in shares],
-            "counts": counts.tolist(),
+            **_accuracies(ranks),
             "tree": paths,
             "values": [_short(value) for value in values],
             "predicted": [
                 _predicted(held, paths, count)
                 | {"chosen_on": _short(walk(chosen, paths[: count - 1]).tokens_per_step)}
                 for count in nodes
-                if count <= len(paths) + 1
             ],
-            "by_category": {
-                name: _category(part, paths, nodes) for name, part in held.by_category().items()
-            },
+            "by_category": _by_category(ranks, held, paths, nodes),
         }
 
-    def open(self, paths: Paths, nodes: Sequence[int], prompts: Sequence[list[int]]) -> None:
-        """Make ready to decode these prompts one at a time."""
-        longest = max((len(prompt) for prompt in prompts), default=TIMED_TOKENS)
-        context = longest + max(self.max_new_tokens, TIMED_TOKENS) + 1
-        self.decoders = Decoders(self.loaded.model, paths, nodes, min(context, self.max_context))
-
-    def step_times(self, predicted: Sequence[Content], prompts: Sequence[list[int]]) -> Content:
-        """Seconds of a step, tokens/s that follow, and the best number of nodes."""
+    def timed(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """Some of the prompts, of every kind, to take the time of steps after."""
         room = self.max_context - TIMED_TOKENS
         fitting = [prompt for prompt in prompts if len(prompt) <= room]
-        fitting = fitting[:: -(-len(fitting) // TIMED_PROMPTS) or 1]  # of every kind
+        fitting = fitting[:: -(-len(fitting) // TIMED_PROMPTS) or 1]
         # The text hardly matters: what a step takes depends on its rows.
-        timed = fitting or [list(range(min(TIMED_TOKENS, self.config["vocab_size"])))]
-        done = self.progress("step times", len(timed) * len(self.decoders.sessions))
-        seconds = self.decoders.step_times(timed, TIMED_TOKENS, lambda: done(1))
+        return fitting or [list(range(min(TIMED_TOKENS, self.config["vocab_size"])))]
+
+    def context(self, timed: Sequence[list[int]], checked: Sequence[list[int]]) -> int:
+        """Tokens that a session must hold."""
+        ends = [len(prompt) + TIMED_TOKENS for prompt in timed]
+        ends += [len(prompt) + self.max_new_tokens for prompt in checked]
+        return min(max(ends) + 1, self.max_context)
+
+    def step_times(
+        self, decoders: Decoders, predicted: Sequence[Content], prompts: Sequence[list[int]]
+    ) -> Content:
+        """Seconds of a step, tokens/s that follow, and the best number of nodes."""
+        done = self.progress("step times", len(prompts) * len(decoders.sessions))
+        seconds = decoders.step_times(prompts, TIMED_TOKENS, lambda: done(1))
         rates = {
             row["nodes"]: row["tokens_per_later_step"] / seconds[row["nodes"]]
             for row in predicted
@@ -265,19 +312,20 @@ class _Work:
 
     def check(
         self,
+        decoders: Decoders,
         asked: Sequence[Prompt],
         prompts: Sequence[list[int]],
         content: Content,
         times: Content,
     ) -> Content:
         """Decode prompts that were not used: what was predicted, and what is."""
-        nodes = list(self.decoders.sessions)
+        nodes = list(decoders.sessions)
         done = self.progress("check", len(prompts) * len(nodes))
         measured: dict[tuple[str, int], _Measured] = {}
         for one, tokens in zip(asked, prompts, strict=True):
             texts = set()
             for count in nodes:
-                made, stats = self.decoders.decode(
+                made, stats = decoders.decode(
                     count, tokens, self.max_new_tokens, self.loaded.eos_ids
                 )
                 texts.add(tuple(made))
@@ -298,7 +346,7 @@ class _Work:
                 for count in nodes
             }
         return {
-            "device": {name: times[name] for name in ("device", "detail", "dtype", "threads")},
+            "device": {name: times[name] for name in SAME_DEVICE},
             "prompts": len(prompts),
             "max_new_tokens": self.max_new_tokens,
             "all": [
@@ -345,20 +393,29 @@ def _predicted(ranks: Ranks, paths: Paths, nodes: int) -> Content:
     return {
         "nodes": nodes,
         "tokens_per_step": _short(done.tokens_per_step),
+        "error": None if done.error is None else _short(done.error),
         "tokens_per_later_step": _short(done.tokens_per_later_step),
     }
 
 
-def _category(ranks: Ranks, paths: Paths, nodes: Sequence[int]) -> Content:
-    shares = ranks.accuracies()[0]
+def _accuracies(ranks: Ranks) -> Content:
+    shares, counts = ranks.accuracies()
     return {
         "tokens": ranks.num_tokens,
-        "top1": [_short(row[0]) for row in shares],
-        "top10": [_short(row[:10].sum()) for row in shares],
-        "tokens_per_step": {
-            str(count): _short(walk(ranks, paths[: count - 1]).tokens_per_step) for count in nodes
-        },
+        "heads": [[_short(share) for share in row[:_STORED_RANKS]] for row in shares],
+        "counts": counts.tolist(),
     }
+
+
+def _by_category(ranks: Ranks, held: Ranks, paths: Paths, nodes: Sequence[int]) -> Content:
+    """Accuracies over all texts, predictions of those that did not choose the tree."""
+    found, predicting = {}, held.by_category()
+    for name, part in ranks.by_category().items():
+        sizes = nodes if name in predicting else []
+        rows = [_predicted(predicting[name], paths, count) for count in sizes]
+        steps = {str(row["nodes"]): row["tokens_per_step"] for row in rows}
+        found[name] = _accuracies(part) | {"tokens_per_step": steps}
+    return found
 
 
 def _short(value: float) -> float:

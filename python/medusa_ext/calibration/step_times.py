@@ -9,6 +9,7 @@ from medusa_ext import _core
 from medusa_ext.trees import Paths
 
 WARM_UP_TOKENS = 16
+PREFILL_CHUNK = 128
 
 
 class Decoders:
@@ -32,7 +33,7 @@ class Decoders:
                 tree = _core.TreeSpec.from_paths(paths[: count - 1])
                 drafter = _core.medusa_drafter(model, tree)
             self.sessions[count] = _core.Session(
-                model, drafter, max_batch=1, max_context=context, prefill_chunk=128
+                model, drafter, max_batch=1, max_context=context, prefill_chunk=PREFILL_CHUNK
             )
 
     def decode(

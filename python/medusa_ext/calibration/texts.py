@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from medusa_ext.distill import prompts
 from medusa_ext.distill.prompts import Prompt
@@ -27,11 +30,13 @@ class Text:
     category: str = ""
 
 
-def read_data(path: Path, *, vocab_size: int, max_context: int) -> list[Text] | list[Prompt]:
+def read_data(
+    path: Path, *, model: str, vocab_size: int, max_context: int
+) -> list[Text] | list[Prompt]:
     """Read a JSONL file of records, as `medusa-ext distill` writes them, or a file of prompts.
 
     A record has input_ids, assistant_mask and perhaps a category; one without a token that the
-    model wrote is left out.
+    model wrote is left out. Records that were sampled, or made with another model, are a warning.
 
     Raises:
         ValueError: a file, its line, and what is wrong with it.
@@ -39,7 +44,7 @@ def read_data(path: Path, *, vocab_size: int, max_context: int) -> list[Text] | 
     if not _holds_records(path):
         return read_prompts(path)
     found = read_records(path, vocab_size=vocab_size, max_context=max_context)
-    texts = [text for text in map(_text, found) if text.answers]
+    texts = [text for text in map(_text, _warned(found, path, model)) if text.answers]
     if not texts:
         raise LoadError(f"{path}: no record holds a token that the model wrote (assistant_mask 1)")
     return texts
@@ -59,6 +64,30 @@ def _holds_records(path: Path) -> bool:
             return b'"input_ids"' in next((line for line in file if line.strip()), b"")
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _warned(records: Iterable[Record], path: Path, model: str) -> Iterator[Record]:
+    """Pass the records on; warn, once each, of settings that do not suit a calibration."""
+    sampled = other = False
+    for record in records:
+        settings: Any = record.line.get("settings")
+        settings = settings if isinstance(settings, dict) else {}
+        if settings.get("temperature") and not sampled:
+            sampled = True
+            warnings.warn(
+                f"{path} was sampled at temperature {settings['temperature']}; a calibration says "
+                "what greedy decoding does: distil without --temperature",
+                stacklevel=2,
+            )
+        name = str(settings.get("model", model))
+        if Path(name).name != Path(model).name and not other:
+            other = True
+            warnings.warn(
+                f"{path} was made with the model {name}, and this one is {model}; heads are judged "
+                "by what their own model writes: distil with it",
+                stacklevel=2,
+            )
+        yield record
 
 
 def _text(record: Record) -> Text:

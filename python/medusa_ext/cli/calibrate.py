@@ -21,7 +21,7 @@ def calibrate(
         str, typer.Argument(help="Directory, .gguf file, exported file, hub id, or demo.")
     ],
     heads: Annotated[
-        str, typer.Argument(help="Directory or hub id of Medusa heads, or auto.")
+        str, typer.Argument(help="Directory or hub id of Medusa heads, demo, or auto.")
     ] = "auto",
     data: Annotated[
         Path | None,
@@ -39,7 +39,10 @@ def calibrate(
     ] = None,
     nodes: Annotated[
         list[int] | None,
-        typer.Option(help="Number of nodes to measure; may be repeated. 1 to 64 by default."),
+        typer.Option(
+            help="Number of nodes to measure; may be repeated. By default 1 to 64, or without"
+            " --data those that were calibrated."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Tokens of an answer to a prompt.")
@@ -62,7 +65,7 @@ def calibrate(
         data,
         prompts,
         out,
-        tuple(nodes or run.NODES),
+        tuple(nodes or ()),
         max_new_tokens,
         device,
         dtype,
@@ -84,7 +87,6 @@ def calibrate(
             return lambda count: bars.advance(task, count)
 
         content, path = run.calibrate(request, progress)
-    drawn = _draw(content, path.parent) if pictures else []
     if as_json:
         print(json.dumps(content))
     else:
@@ -92,16 +94,18 @@ def calibrate(
         if not console.is_terminal:
             console.width = 160
         print_report(content, console)
-    print("wrote " + ", ".join(map(str, [path, *drawn])), file=sys.stderr)
+    print(f"wrote {path}", file=sys.stderr)
+    if pictures:
+        _draw(content, path.parent)
 
 
-def _draw(content: dict[str, object], folder: Path) -> list[Path]:
+def _draw(content: dict[str, object], folder: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print(
             'no pictures without matplotlib; install it with: pip install "medusa_ext[train]"',
             file=sys.stderr,
         )
-        return []
+        return
     from medusa_ext.calibration.pictures import draw
 
-    return draw(content, folder)
+    print("wrote " + ", ".join(map(str, draw(content, folder))), file=sys.stderr)

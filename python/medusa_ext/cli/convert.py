@@ -11,7 +11,10 @@ from medusa_ext.cli import common
 
 def convert(
     heads: Annotated[
-        str, typer.Argument(help="Directory or hub id of Medusa heads, or of a model with heads.")
+        str,
+        typer.Argument(
+            help="Directory or hub id of Medusa heads, or of a model with them, or demo."
+        ),
     ],
     out: Annotated[str, typer.Argument(help="The directory to make.")],
     to: Annotated[

@@ -33,8 +33,8 @@ def distill(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="JSON or JSONL file (conversations, messages, turns or prompt), or a data set of "
-            "the hub; without it the model writes what users say."
+            help="tasks (prompts that come along), a JSON or JSONL file (conversations, messages, "
+            "turns or prompt), or a data set of the hub; else the model writes what users say."
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="Of the data set.")] = "train",

@@ -33,7 +33,9 @@ def train(
     batch_size: Annotated[
         int | None, typer.Option(help="Positions (medusa1: 1024) or records (8) of a batch.")
     ] = None,
-    accumulate: Annotated[int, typer.Option(help="Batches of one step.")] = 1,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Batches of one step; 1, medusa2 8, self-distill 16.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
     learning_rate: Annotated[

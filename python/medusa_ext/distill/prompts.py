@@ -8,7 +8,7 @@ A prompt is one of:
 * {"prompt": "..."}, or just "...".
 
 Answers in them are left out: the model writes its own. A system message that comes first is kept,
-and so is "category".
+and so is "category". A prompt without a user's message, or with an empty one, is left out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Prompts:
 
     Attributes:
         name: of the file or data set.
-        items: at least one.
+        items: at least one; their numbers count those that were not left out.
     """
 
     name: str
@@ -64,8 +64,8 @@ def read_prompts(name: str, split: str = "train") -> Prompts:
     """Read the prompts of a file, or else of a data set.
 
     Args:
-        name: a .json file (one list) or .jsonl file (one prompt a line), a folder that the datasets
-            library reads, or the hub id of a data set.
+        name: a .json file (one list) or .jsonl file (one prompt a line), "tasks" (see `tasks`), a
+            folder that the datasets library reads, or the hub id of a data set.
         split: of the data set.
 
     Raises:
@@ -77,11 +77,16 @@ def read_prompts(name: str, split: str = "train") -> Prompts:
     if path.is_file() or path.suffix in (".json", ".jsonl"):
         rows = _rows_of_file(path)
         name = path.name
+    elif name == "tasks":
+        from medusa_ext.distill.tasks import tasks
+
+        return tasks()
     else:
         rows = _rows_of_dataset(name, split)
-    items = tuple(_parse(row, f"{name}, {place}") for place, row in rows)
+    parsed = (_parse(row, f"{name}, {place}") for place, row in rows)
+    items = tuple(prompt for prompt in parsed if prompt is not None)
     if not items:
-        raise ValueError(f"{name} holds no prompt")
+        raise ValueError(f"{name} holds no prompt in which a user says something")
     return Prompts(name, items)
 
 
@@ -128,13 +133,27 @@ def _rows_of_dataset(name: str, split: str) -> Iterable[tuple[str, Any]]:
     return ((f"row {index}", row) for index, row in enumerate(rows))
 
 
-def _parse(row: object, where: str) -> Prompt:
+def _parse(row: object, where: str) -> Prompt | None:
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: a prompt is an object with {_FORMS}, got {shown(row)}")
+    said, system = _said(row, where)
+    for text in said:
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: what a user says must be text, got {shown(text)}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: the text is not valid Unicode (a lone surrogate)") from None
+    if not said or not all(text.strip() for text in said):
+        return None
     category = row.get("category")
-    category = category if isinstance(category, str) else None
+    return Prompt(tuple(said), system, category if isinstance(category, str) else None)
+
+
+def _said(row: Mapping[str, Any], where: str) -> tuple[list[Any], str | None]:
+    """What the user says, and the system message."""
     for key, role, content in (("conversations", "from", "value"), ("messages", "role", "content")):
         if row.get(key) is not None:
             messages = [
@@ -142,12 +161,11 @@ def _parse(row: object, where: str) -> Prompt:
                 for message in _list(row[key], key, where)
             ]
             system = messages[0][1] if messages and messages[0][0] in _SYSTEMS else None
-            said = [text for speaker, text in messages if speaker in _USERS]
-            return Prompt(_turns(said, where), system or None, category)
+            return [text for speaker, text in messages if speaker in _USERS], system or None
     if row.get("turns") is not None:
-        return Prompt(_turns(_list(row["turns"], "turns", where), where), None, category)
+        return _list(row["turns"], "turns", where), None
     if row.get("prompt") is not None:
-        return Prompt(_turns([row["prompt"]], where), None, category)
+        return [row["prompt"]], None
     raise ValueError(f"{where}: a prompt has {_FORMS}, got {shown(list(row))}")
 
 
@@ -162,16 +180,3 @@ def _text(message: object, key: str, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f'{where}: a message must have a text "{key}", got {shown(message)}')
     return value
-
-
-def _turns(texts: list[Any], where: str) -> tuple[str, ...]:
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: what a user says must be text, got {shown(text)}")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{where}: the text is not valid Unicode (a lone surrogate)") from None
-    if not texts:
-        raise ValueError(f"{where}: no user says anything")
-    return tuple(texts)

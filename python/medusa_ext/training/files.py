@@ -1,5 +1,6 @@
 """Writing that leaves whole files and folders behind, or none."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -54,6 +55,32 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise cannot_write(path, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def lock_folder(path: Path, *, wait: bool) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made where it does not exist.
+
+    Args:
+        path: of the folder.
+        wait: until another process has left it.
+
+    Raises:
+        LoadError: the disk refuses, or another process is there and `wait` is False.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / ".lock").open("w")
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise LoadError(
+                f"another run is writing to {path}; wait for it, or give another --out"
+            ) from None
+        yield  # the lock is given back when the file is closed
 
 
 def cannot_write(path: Path, error: Exception) -> LoadError:

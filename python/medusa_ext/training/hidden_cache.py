@@ -9,11 +9,9 @@ records are files named by their content, written under another name first: a bu
 interrupted goes on at its first missing shard, and data that has grown computes only what is new.
 """
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +22,10 @@ from numpy.typing import NDArray
 from medusa_ext import _core
 from medusa_ext.device import open_device
 from medusa_ext.distill.records import Record
-from medusa_ext.loading import Checkpoint, load_checkpoint
+from medusa_ext.loading import Checkpoint, LoadError, load_checkpoint
 from medusa_ext.loading.files import SafetensorsTensors
 from medusa_ext.training.data import Data, digest
-from medusa_ext.training.files import cannot_write, write_tensors
+from medusa_ext.training.files import lock_folder, write_tensors
 
 _SHARD_ROWS = 1 << 16
 _CHUNK = 512  # tokens of one pass
@@ -56,7 +54,11 @@ class Rows:
 
 
 def make_rows(data: Data) -> Rows:
-    """Rows of all records, in their order."""
+    """Rows of all records, in their order.
+
+    Raises:
+        LoadError: one part of the data has nothing for a head to guess.
+    """
     tokens, turns, held_out = [], [], []
     first_turn = 0
     for record, out in zip(data.records, data.held_out, strict=True):
@@ -66,9 +68,16 @@ def make_rows(data: Data) -> Rows:
         turns.append(first_turn + turn)
         first_turn += int(turn[-1]) + 1
         held_out.append(np.full(len(at), out))
-    return Rows(
+    rows = Rows(
         np.concatenate(tokens), np.concatenate(turns).astype(np.int32), np.concatenate(held_out)
     )
+    for out, part in ((False, "to learn from"), (True, "set aside")):
+        if not len(rows.usable(out)):
+            raise LoadError(
+                f"{', '.join(map(str, data.paths))}: no answer of the records {part} holds two "
+                "tokens, so that no head has one to guess; give more records, with longer answers"
+            )
+    return rows
 
 
 def _positions(record: Record) -> NDArray[np.int64]:
@@ -112,7 +121,7 @@ def open_hidden_states(
         data: the records.
         folder: of the cache; made where it does not exist.
         threads: of the CPU, for the engine.
-        progress: called with (records computed, records to compute) after each.
+        progress: called with (tokens computed, tokens to compute) after each record.
 
     Raises:
         LoadError: the model cannot be loaded, or the disk refuses.
@@ -124,16 +133,17 @@ def open_hidden_states(
         ".safetensors"
         for s in shards
     ]
-    with _lock(folder):
+    with lock_folder(folder, wait=True):
         missing = [index for index, path in enumerate(paths) if not path.is_file()]
         if missing:
             loaded = load_checkpoint(checkpoint, backend=open_device("auto", threads=threads)).model
-            total, done = sum(len(shards[index]) for index in missing), 0
+            total = sum(len(record.ids) for index in missing for record in shards[index])
+            done = 0
             for index in missing:
                 hidden = []
                 for record in shards[index]:
                     hidden.append(_states(loaded, record))
-                    done += 1
+                    done += len(record.ids)
                     if progress is not None:
                         progress(done, total)
                 write_tensors(paths[index], {"hidden": torch.cat(hidden)})
@@ -169,15 +179,3 @@ def _identity(checkpoint: Checkpoint) -> bytes:
     files = {entry.file.path.resolve() for entry in checkpoint.entries}
     stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return json.dumps([config, checkpoint.stored_dtype, stats], sort_keys=True).encode()
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise cannot_write(folder, error) from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
-        yield

@@ -4,8 +4,8 @@ loss = sum_i scale_i sum_v q_iv (log q_iv - log p_iv)   p = softmax(x W^T + x2 W
                                                         only where q is a whole distribution
 
 The gradient of the logits is scale (p - q), known as soon as they are: each chunk of rows makes its
-share of dX (and of dW where W is trained) at once and lets its logits go. Products are in the type
-of W with sums in f32, the softmax is in f32.
+share of dX (and of dW where W is trained) at once and lets its logits go. Products are in bf16 or
+f32 with sums in f32, the softmax is in f32.
 
 Flops    4 d V a row (6 d V where W is trained); memory  about 10 bytes * _CHUNK_ELEMENTS
 """
@@ -44,6 +44,7 @@ def cross_entropy(
     target: Target,
     scale: torch.Tensor,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sum of cross-entropies (KL divergences where the target is a teacher's).
 
@@ -53,6 +54,7 @@ def cross_entropy(
         target: of the N rows.
         scale: [N] f32, the weight of each row.
         low_rank: x2 [N, r] and W2 [V, r], added to the logits: a LoRA update of W.
+        dtype: of products; None: that of W.
 
     Returns:
         The sum, a scalar with gradients, and [N] f32 of its terms before scaling.
@@ -60,7 +62,7 @@ def cross_entropy(
     x2, weight2 = low_rank if low_rank is not None else (None, None)
     with torch.autocast(x.device.type, enabled=False):
         found: tuple[torch.Tensor, torch.Tensor] = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x, weight, x2, weight2, target, scale
+            x, weight, x2, weight2, target, scale, dtype or weight.dtype
         )
     return found
 
@@ -75,6 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
         weight2: torch.Tensor | None,
         target: Target,
         scale: torch.Tensor,
+        dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = (x, weight, x2, weight2)
         grads = [
@@ -83,7 +86,6 @@ class _CrossEntropy(torch.autograd.Function):
             else None
             for value, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
-        dtype = torch.bfloat16 if torch.bfloat16 in (x.dtype, weight.dtype) else weight.dtype
         x, weight = x.to(dtype), weight.to(dtype)
         if x2 is not None and weight2 is not None:
             x2, weight2 = x2.to(dtype), weight2.to(dtype)
@@ -107,7 +109,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-        return (*(None if g is None else g * upstream for g in ctx.saved_tensors), None, None)
+        return (*(None if g is None else g * upstream for g in ctx.saved_tensors), None, None, None)
 
 
 def _add(

@@ -132,6 +132,11 @@ class HeadsModel(nn.Module):
         """Mean loss of each head since the last call."""
         return self.sums.take()
 
+    def gradient_checkpointing_enable(self, **_: object) -> None:
+        """The Trainer may ask; heads hold too little for it to matter."""
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name in transformers 5
+
     def forward(
         self,
         hidden: torch.Tensor,
@@ -191,6 +196,7 @@ class HeadsModel(nn.Module):
             known = self.lm_head if self.frequent is None else self.lm_head[self.frequent]
             soft = likely_tokens(teacher_hidden, known, min(self.settings.soft_top_k, len(known)))
         chosen, lift = self._draw()
+        shared = None if len(self.heads.projections) else _rows(self.lm_head, chosen)
         if self.place is not None:
             labels = torch.where(labels >= 0, self.place[labels], labels)
         loss = torch.zeros((), device=labels.device)
@@ -203,14 +209,18 @@ class HeadsModel(nn.Module):
                 which = teacher_rows[valid, head]
                 share = self.settings.soft_share
                 target = Target(labels[valid, head], soft[0][which], soft[1][which], share)
-            weight, low = self._projection(head), None
-            if chosen is not None and lift is not None:
-                weight, low = weight[chosen], (torch.ones_like(lift[:1]).expand(count, 1), lift)
-            part, terms = cross_entropy(x[valid], weight, target, scale, low)
+            weight = _rows(self.heads.projections[head], chosen) if shared is None else shared
+            low = None if lift is None else (torch.ones_like(lift[:1]).expand(count, 1), lift)
+            dtype = self.lm_head.dtype
+            part, terms = cross_entropy(x[valid], weight, target, scale, low, dtype)
             loss = loss + part
             if count:
                 self.sums.add([(f"head{head}_loss", terms.mean())])
         return loss
+
+
+def _rows(weight: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
+    return weight if chosen is None else weight[chosen]
 
 
 def build(

@@ -15,6 +15,7 @@ from torch import nn
 
 from medusa_ext.distill.records import Record
 from medusa_ext.loading import Checkpoint, LoadError
+from medusa_ext.loading.exporting import CALIBRATION_FILE
 from medusa_ext.training.accuracy import compute_metrics
 from medusa_ext.training.data import Data
 from medusa_ext.training.heads import MedusaHeads, heads_config
@@ -23,7 +24,8 @@ from medusa_ext.training.settings import Settings
 from medusa_ext.training.trainer import Sums
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # of a model's directory, but for the weights'
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")  # of a model's directory
+_OWN = ("config.json", CALIBRATION_FILE)  # not copied, like the index of the weights
 
 
 class WholeRecords(torch.utils.data.Dataset[Record]):
@@ -100,6 +102,16 @@ class TunedModel(nn.Module):
     def take_sums(self) -> dict[str, float]:
         """Mean losses of the model and of each head since the last call."""
         return self.sums.take()
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:  # noqa: ANN401
+        """Of the model; options are transformers'."""
+        self.base.gradient_checkpointing_enable(**options)
+        self.base.enable_input_require_grads()
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:  # noqa: ANN401
+        """The same, by its name in transformers 5."""
+        self.base.activation_checkpointing_enable(**options)
+        self.base.enable_input_require_grads()
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
@@ -278,7 +290,7 @@ def save_merged(model: TunedModel, checkpoint: Checkpoint, folder: Path) -> None
     if source.kind == "directory":
         for pattern in _COPIED:
             for path in source.path.glob(pattern):
-                if not path.name.endswith(".index.json") and path.name != "config.json":
+                if not path.name.endswith(".index.json") and path.name not in _OWN:
                     shutil.copyfile(path, folder / path.name)
     else:
         if checkpoint.tokenizer is not None:

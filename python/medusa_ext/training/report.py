@@ -14,7 +14,40 @@ from transformers import TrainerCallback
 from medusa_ext.training.accuracy import TREES
 from medusa_ext.training.settings import Settings
 
+_LINE_S = 20.0  # between lines where there is no tty
+
 History = Sequence[Mapping[str, float]]
+
+
+class HiddenProgress:
+    """Shows how far the hidden states are; a line now and then where there is no tty."""
+
+    def __init__(self, console: Console) -> None:
+        """Starts the clock."""
+        self.console, self.status = console, console.status("hidden states")
+        self.began = self.printed = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Takes tokens computed, and tokens to compute."""
+        now = time.monotonic()
+        rate = done / max(now - self.began, 1e-9)
+        text = (
+            f"hidden states: {done:,}/{total:,} tokens, {rate:,.0f} tokens/s, "
+            f"{_time((total - done) / rate)} left"
+        )
+        self.status.update(text)
+        if not self.console.is_terminal and now - self.printed >= _LINE_S:
+            self.printed = now
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> "HiddenProgress":
+        """Show it."""
+        self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the terminal back."""
+        self.status.stop()
 
 
 class Progress(TrainerCallback):

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from medusa_ext.loading import Checkpoint, LoadError, open_checkpoint
@@ -19,12 +21,14 @@ from medusa_ext.loading.config import read_json
 from medusa_ext.training import medusa1, medusa2
 from medusa_ext.training.accuracy import TREES, compute_metrics
 from medusa_ext.training.data import Data, read_data
-from medusa_ext.training.files import cannot_write, new_folder
+from medusa_ext.training.files import cannot_write, lock_folder, new_folder
 from medusa_ext.training.heads import MedusaHeads, new_heads
-from medusa_ext.training.hidden_cache import make_rows, open_hidden_states
-from medusa_ext.training.report import Card, Progress, draw_curves
+from medusa_ext.training.hidden_cache import Rows, make_rows, open_hidden_states
+from medusa_ext.training.report import Card, HiddenProgress, Progress, draw_curves
 from medusa_ext.training.settings import Settings
 from medusa_ext.training.trainer import HEADS_FACTOR, HeadsTrainer, latest, make_arguments
+
+_REACHED = ("checkpoint-*", "heads", "heads.work/checkpoint-*")  # in the folder of a run
 
 
 @dataclass
@@ -79,9 +83,13 @@ def train(job: Job, console: Console) -> Mapping[str, float]:
 
     Raises:
         LoadError, ValueError: the model, the data or a setting is not usable; nothing was written.
-        TrainingError: the loss is no number; the last checkpoint is kept.
+        TrainingError: the loss or a weight is no number.
     """
     settings = job.settings.with_defaults()
+    for name in ("threads", "eval_every", "save_every", "log_every", "eval_positions"):
+        value = getattr(job, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; wanted 1 or more")
     if job.out.exists():
         raise LoadError(f"{job.out} exists; give --out a folder that does not")
     if job.threads is not None:
@@ -95,14 +103,16 @@ def train(job: Job, console: Console) -> Mapping[str, float]:
         held_out=settings.held_out,
         max_length=settings.max_length,
     )
-    arguments = make_arguments(settings, job.work, _extra(job))
-    run = _Run(job, settings, checkpoint, data, arguments, console)
+    arguments = make_arguments(settings, job.work, _logging(job), job.options)
+    run = _Run(job, settings, checkpoint, data, make_rows(data), arguments, console)
     run.heads(job.start)  # refused before anything is written
-    if arguments.process_index == 0:
-        _claim(job, settings, data)
-        for line in _describe(data):
-            console.print(line, highlight=False, soft_wrap=True)
-    return _medusa1(run) if settings.method == "medusa1" else _medusa2(run)
+    first = arguments.process_index == 0
+    with lock_folder(job.work, wait=False) if first else nullcontext():
+        if first:
+            _claim(run)
+            for line in _describe(data):
+                console.print(line, highlight=False, soft_wrap=True)
+        return _medusa1(run) if settings.method == "medusa1" else _medusa2(run)
 
 
 @dataclass
@@ -111,6 +121,7 @@ class _Run:
     settings: Settings
     checkpoint: Checkpoint
     data: Data
+    rows: Rows
     arguments: TrainingArguments
     console: Console
 
@@ -126,15 +137,14 @@ class _Run:
 
 
 def _medusa1(run: _Run) -> Mapping[str, float]:
-    job, settings, data, console = run.job, run.settings, run.data, run.console
-    rows = make_rows(data)
-    with console.status("hidden states") as status:
+    job, settings, data, rows = run.job, run.settings, run.data, run.rows
+    with HiddenProgress(run.console) as progress:
         hidden = open_hidden_states(
             run.checkpoint,
             data,
             medusa1.cache_folder(data, job.cache),
             threads=job.threads,
-            progress=lambda done, total: status.update(f"hidden states: {done}/{total} records"),
+            progress=progress,
         )
     model, known = medusa1.build(run.checkpoint, run.heads(job.start), rows, settings)
     learn, held_out = medusa1.positions(hidden, rows, settings, job.eval_positions)
@@ -214,15 +224,15 @@ def _first_stage(run: _Run, out: Path) -> None:
         settings,
         method="medusa1",
         batch_size=None,
-        accumulate=1,
+        accumulate=None,
         epochs=settings.heads_epochs,
         max_steps=None,
         learning_rate=HEADS_FACTOR * (settings.learning_rate or 0.0),
         run_length=None,
     ).with_defaults()
     part = replace(job, out=out, settings=alone, command=job.command)
-    arguments = make_arguments(alone, part.work, _extra(part))
-    _medusa1(_Run(part, alone, run.checkpoint, run.data, arguments, run.console))
+    arguments = make_arguments(alone, part.work, _logging(part), part.options)
+    _medusa1(replace(run, job=part, settings=alone, arguments=arguments))
 
 
 def _steps(figures: Mapping[str, float]) -> str:
@@ -232,18 +242,20 @@ def _steps(figures: Mapping[str, float]) -> str:
 
 def _run_trainer(trainer: HeadsTrainer, run: _Run, tokens: float) -> Mapping[str, float]:
     """Train, and evaluate the end; `tokens` are what one item of the data holds."""
-    arguments, job, settings = run.arguments, run.job, run.settings
-    step = (settings.batch_size or 1) * settings.accumulate * arguments.world_size * tokens
-    progress = Progress(settings.num_heads, step, run.console)
+    arguments, job = run.arguments, run.job
+    items = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    step = items * arguments.world_size * tokens
+    progress = Progress(run.settings.num_heads, step, run.console)
     trainer.add_callback(progress)
+    kept = latest(job.work) if job.resume else None
     try:
-        trainer.train(resume_from_checkpoint=latest(job.work) if job.resume else None)
+        trainer.go_on(kept)
         last = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
         if last and last[-1]["step"] == trainer.state.global_step:
             return last[-1]
         return trainer.evaluate()
-    except OSError as error:
-        raise cannot_write(job.work, error) from None
+    except SafetensorError as error:
+        raise LoadError(f"cannot read {kept}: {error}; delete {job.work} and start anew") from None
     finally:
         progress.stop()
 
@@ -273,7 +285,7 @@ def _write_report(
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _extra(job: Job) -> dict[str, Any]:
+def _logging(job: Job) -> dict[str, Any]:
     every = {
         "logging": job.log_every or 0.01,
         "eval": job.eval_every or 0.1,
@@ -283,25 +295,29 @@ def _extra(job: Job) -> dict[str, Any]:
     options |= {f"{name}_steps": steps for name, steps in every.items()}
     if job.tensorboard:
         options |= {"report_to": "tensorboard"}
-    return options | dict(job.options)
+    return options
 
 
-def _claim(job: Job, settings: Settings, data: Data) -> None:
-    """Make the folder of checkpoints, or see that it is this job's own."""
-    mine = asdict(settings) | {
+def _claim(run: _Run) -> None:
+    """Note in the folder of checkpoints whose it is, or see that it is this job's own."""
+    job = run.job
+    mine = asdict(run.settings) | {
         "model": job.model,
-        "records": data.digest(),
+        "records": run.data.digest(),
         "start": None if job.start is None else os.fspath(job.start),
+        "processes": run.arguments.world_size,
+        "options": dict(job.options),
     }
+    text = json.dumps(mine, indent=1, default=str) + "\n"
     path = job.work / "job.json"
-    if latest(job.work) is not None or any(job.work.glob("heads*")):
+    if _reached(job):
         if not job.resume:
             raise LoadError(
                 f"{job.work} holds what a run had reached that did not end; go on with --resume, "
                 "or delete the folder"
             )
         found = read_json(path)
-        for name, value in mine.items():
+        for name, value in json.loads(text).items():
             if found.get(name) != value:
                 raise LoadError(
                     f"{job.work} belongs to a run with {name} {found.get(name)!r}, not {value!r}; "
@@ -309,19 +325,20 @@ def _claim(job: Job, settings: Settings, data: Data) -> None:
                 )
         return
     try:
-        job.work.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise cannot_write(path, error) from None
 
 
+def _reached(job: Job) -> list[Path]:
+    """Checkpoints, and the heads of the first stage; logs for TensorBoard lie beside them."""
+    return [path for name in _REACHED for path in job.work.glob(name)]
+
+
 def _clear(job: Job) -> None:
-    """Checkpoints are of no more use; logs for TensorBoard stay."""
-    for path in job.work.glob("*"):
-        if path.name.startswith(("checkpoint-", "heads")):
-            shutil.rmtree(path, ignore_errors=True)
-    if not job.tensorboard:
-        shutil.rmtree(job.work, ignore_errors=True)
+    """What was reached is of no more use; logs for TensorBoard stay."""
+    for path in _reached(job) if job.tensorboard else [job.work]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _describe(data: Data) -> list[str]:

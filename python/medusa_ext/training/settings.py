@@ -20,7 +20,7 @@ class Settings:
         head_layers: L.
         own_lm_head: each head trains a projection [V, d] of its own.
         head_decay: weight of head k's loss is head_decay**k.
-        batch_size: positions of a step (medusa1) or records (the others), on each process.
+        batch_size: positions of a batch (medusa1) or records (the others), on each process.
         accumulate: batches of one step of the optimizer.
         epochs: passes over the data; max_steps wins where it is given.
         learning_rate: of the heads for medusa1, of LoRA for the others, whose heads have four
@@ -45,7 +45,7 @@ class Settings:
     own_lm_head: bool = False
     head_decay: float = 0.8
     batch_size: int | None = None
-    accumulate: int = 1
+    accumulate: int | None = None
     epochs: float = 1.0
     max_steps: int | None = None
     learning_rate: float | None = None
@@ -76,6 +76,7 @@ class Settings:
         distils = self.method == "self-distill"
         chosen = {
             "batch_size": 1024 if first else 8,
+            "accumulate": 1 if first else 16 if distils else 8,
             "learning_rate": 1e-3 if first else 1e-4 if distils else 5e-4,
             "warmup": 20 if distils else 40,
             "run_length": 32 if self.soft_share else 1,
