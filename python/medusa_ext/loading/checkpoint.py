@@ -14,7 +14,7 @@ from medusa_ext.loading.files import FLOAT_BYTES, SafetensorsTensors
 from medusa_ext.loading.head_rows import keep_frequent
 from medusa_ext.loading.heads import Heads, HeadsInfo, heads_inside, open_heads
 from medusa_ext.loading.plan import Entry, TensorSet, base_shapes, head_shapes, majority_dtype
-from medusa_ext.loading.source import Source, resolve
+from medusa_ext.loading.source import DEMO, DEMO_HEADS, Source, resolve
 
 FORMAT = "1"  # of the one-file form; medusa::load_model refuses others
 
@@ -146,7 +146,8 @@ def _open_gguf(source: Source, with_heads: bool) -> tuple[Checkpoint, Heads | No
     file = gguf.GgufFile(source.path)
     config = gguf.read_config(file)
     entries = gguf.entries(file, config)
-    return Checkpoint(source, config, entries, majority_dtype(entries), None, gguf=file), None
+    own = open_heads(DEMO_HEADS, config) if with_heads and source.given == DEMO else None
+    return Checkpoint(source, config, entries, majority_dtype(entries), None, gguf=file), own
 
 
 def _open_export(source: Source, with_heads: bool) -> tuple[Checkpoint, Heads | None]:

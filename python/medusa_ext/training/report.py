@@ -233,7 +233,7 @@ class Card:
                 "```python",
                 "from medusa_ext import Engine",
                 "",
-                f"print({use}.generate('Why is the sky blue?').text)",
+                f'print({use}.generate("Why is the sky blue?").text)',
                 "```",
                 "",
                 "## How they were made",
