@@ -33,21 +33,22 @@ def answers(heads: str | Path | None, **options: int) -> tuple[list[list[int]], 
     """Token ids, and tokens per step of all answers together."""
     with Engine("demo", heads, threads=1, max_context=256, **options) as engine:
         asked = [[{"role": "user", "content": question}] for question in ASKED]
-        results = engine.generate(asked, max_new_tokens=64)
+        results = engine.generate(asked, max_new_tokens=48)
     ids = [result.token_ids for result in results]
     return ids, sum(map(len, ids)) / sum(result.stats.steps for result in results)
 
 
+@pytest.mark.filterwarnings("default:the data hold:UserWarning")  # few tokens, as is said
 def test_heads_beat_prompt_lookup_and_random_heads(
     demo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run("distill demo --prompts tasks --out records.jsonl --tokens 10000 -n 80")
+    run("distill demo --prompts tasks --out records.jsonl --tokens 6000 -n 80")
     run(
         "train demo --data records.jsonl --out heads --num-heads 3 --epochs 4 --batch-size 256 "
         "--learning-rate 2e-3 --loss-vocab 2048 --eval-positions 300"
     )
-    run(f"calibrate demo heads --data {HELD_OUT} --nodes 16 -n 100")
+    run(f"calibrate demo heads --data {HELD_OUT} --nodes 16 -n 40")
     predicted = json.loads(Path("heads/calibration.json").read_text())["predicted"][-1]
 
     plain, one = answers(None)
