@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -15,6 +16,9 @@ from hypothesis import HealthCheck, settings
 from emulation_util import ORDERS, emulation
 from medusa_ext import _core
 from util import backend_for
+
+# A job in the background starts with ^C ignored, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set before transformers is imported: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
