@@ -22,6 +22,7 @@ from typing import Any
 
 from medusa_ext.options import shown
 
+TASKS = "tasks"  # the name of the prompts that come along
 _FORMS = '"conversations", "messages", "turns" or "prompt"'
 _USERS, _SYSTEMS = ("user", "human"), ("system",)
 
@@ -77,7 +78,7 @@ def read_prompts(name: str, split: str = "train") -> Prompts:
     if path.is_file() or path.suffix in (".json", ".jsonl"):
         rows = _rows_of_file(path)
         name = path.name
-    elif name == "tasks":
+    elif name == TASKS:
         from medusa_ext.distill.tasks import tasks
 
         return tasks()

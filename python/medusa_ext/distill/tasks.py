@@ -12,9 +12,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from medusa_ext.distill.prompts import Prompt, Prompts
+from medusa_ext.distill.prompts import TASKS, Prompt, Prompts
 
-NAME = "tasks"
 COUNT = 20_000
 _FILE = Path(__file__).with_name("tasks.json")
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -37,7 +36,7 @@ def tasks(count: int = COUNT) -> Prompts:
         if text not in seen:
             seen.add(text)
             items.append(Prompt((text,), None, category))
-    return Prompts(NAME, tuple(items))
+    return Prompts(TASKS, tuple(items))
 
 
 def _filled(template: str, words: dict[str, list[str]], draws: Iterator[int]) -> str:
