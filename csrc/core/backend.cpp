@@ -51,7 +51,8 @@ void check_view(const char* op, const char* name, const TensorView& view,
 }
 
 void check_float(const char* op, DType dtype) {
-  MEDUSA_CHECK_ARG(dtype != DType::i32, op, ": dtype is i32; choose bf16, f16 or f32");
+  MEDUSA_CHECK_ARG(dtype != DType::i32 && !is_block(dtype), op, ": dtype is ", dtype_name(dtype),
+                   "; choose bf16, f16 or f32");
 }
 
 void check_rows(const char* op, const Rows& rows, int64_t num_rows) {
@@ -83,7 +84,10 @@ std::unique_ptr<Buffer> Backend::allocate(int64_t num_bytes) {
 }
 
 std::unique_ptr<Weight> Backend::make_weight(int64_t num_outputs, int64_t num_inputs, DType dtype) {
-  check_float("make_weight", dtype);
+  if (!is_block(dtype)) check_float("make_weight", dtype);
+  MEDUSA_CHECK_ARG(num_inputs % block_elements(dtype) == 0, "make_weight: ", dtype_name(dtype),
+                   " holds blocks of ", block_elements(dtype), " inputs, the weight has ",
+                   num_inputs);
   MEDUSA_CHECK_ARG(num_outputs > 0 && num_inputs > 0 && num_outputs < kMaxElements / num_inputs,
                    "make_weight: shape is [", num_outputs, ", ", num_inputs,
                    "]; both must be positive and fit in memory");
@@ -91,8 +95,11 @@ std::unique_ptr<Weight> Backend::make_weight(int64_t num_outputs, int64_t num_in
 }
 
 void Backend::pack(Weight& weight, int64_t first_output, TensorView src) {
-  check_view("pack", "src", src, {DType::f32, DType::f16, DType::bf16},
+  const DType own = is_block(weight.dtype()) ? weight.dtype() : DType::f32;  // a block as it is
+  check_view("pack", "src", src, {DType::f32, DType::f16, DType::bf16, own},
              {kAny, weight.num_inputs()});
+  MEDUSA_CHECK_ARG(own != DType::q4_k || src.dtype == own, "pack: src is ", dtype_name(src.dtype),
+                   "; a q4_k weight takes q4_k blocks only");
   MEDUSA_CHECK_ARG(first_output >= 0 && first_output <= weight.num_outputs() - src.size(0),
                    "pack: rows [", first_output, ", ", first_output + src.size(0),
                    ") are outside the weight's ", weight.num_outputs());

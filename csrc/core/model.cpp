@@ -82,6 +82,12 @@ struct ModelBuilder::Slot {
 struct ModelBuilder::State {
   std::unique_ptr<Model> model = std::make_unique<Model>();
   std::map<std::string, Slot> slots;
+  std::map<std::string, DType> blocks;  // by tensor name
+
+  DType stored_as(const std::string& name) const {
+    const auto found = blocks.find(name);
+    return found == blocks.end() ? model->dtype : found->second;
+  }
 
   void expect(const std::string& name, std::vector<int64_t> shape, Weight* weight, Buffer* buffer,
               int64_t first) {
@@ -92,8 +98,15 @@ struct ModelBuilder::State {
   void matrix(const std::vector<std::pair<std::string, int64_t>>& parts, int64_t num_inputs,
               bool has_bias, std::unique_ptr<Weight>& weight, std::unique_ptr<Buffer>* bias) {
     int64_t num_outputs = 0;
-    for (const auto& part : parts) num_outputs += part.second;
-    weight = model->backend->make_weight(num_outputs, num_inputs, model->dtype);
+    const DType dtype = stored_as(parts.front().first + ".weight");
+    for (const auto& [name, rows] : parts) {
+      num_outputs += rows;
+      const DType other = stored_as(name + ".weight");
+      MEDUSA_CHECK_ARG(other == dtype, "model: ", name, ".weight is stored as ", dtype_name(other),
+                       ", ", parts.front().first, ".weight of the same matrix as ",
+                       dtype_name(dtype));
+    }
+    weight = model->backend->make_weight(num_outputs, num_inputs, dtype);
     if (has_bias) *bias = model->backend->allocate(num_outputs * dtype_bytes(DType::f32));
 
     int64_t first = 0;
@@ -167,8 +180,10 @@ struct ModelBuilder::State {
   // few at a time.
   void fill_weight(const Slot& slot, const TensorView& tensor) {
     Backend& backend = *model->backend;
+    // Blocks are read byte by byte.
     const int64_t element_bytes = dtype_bytes(tensor.dtype);
-    if (reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(element_bytes) == 0) {
+    if (is_block(tensor.dtype) ||
+        reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(element_bytes) == 0) {
       backend.pack(*slot.weight, slot.first, tensor);
       return;
     }
@@ -186,10 +201,12 @@ struct ModelBuilder::State {
   }
 };
 
-ModelBuilder::ModelBuilder(ModelConfig config, DType dtype, std::shared_ptr<Backend> backend)
+ModelBuilder::ModelBuilder(ModelConfig config, DType dtype, std::shared_ptr<Backend> backend,
+                           const std::map<std::string, DType>& blocks)
     : state_(std::make_unique<State>()) {
   config.check();
-  MEDUSA_CHECK_ARG(dtype != DType::i32, "model: dtype i32, wanted bf16, f16 or f32");
+  MEDUSA_CHECK_ARG(dtype != DType::i32 && !is_block(dtype), "model: dtype ", dtype_name(dtype),
+                   ", wanted bf16, f16 or f32");
   MEDUSA_CHECK_ARG(backend != nullptr, "model: no backend given");
 
   Model& model = *state_->model;
@@ -199,6 +216,7 @@ ModelBuilder::ModelBuilder(ModelConfig config, DType dtype, std::shared_ptr<Back
   model.layers.resize(static_cast<size_t>(config.num_layers));
   model.heads.resize(static_cast<size_t>(config.heads.num_heads));
   model.config = std::move(config);
+  state_->blocks = blocks;
 
   state_->matrix({{"embed_tokens", vocab}}, d, false, model.embedding, nullptr);
   if (!model.config.tied_embeddings) {
@@ -211,6 +229,11 @@ ModelBuilder::ModelBuilder(ModelConfig config, DType dtype, std::shared_ptr<Back
   for (int i = 0; i < heads.num_heads; ++i) state_->expect_head(i);
   if (heads.num_heads > 0 && !heads.shared_lm_head && heads.head_vocab < vocab) {
     state_->expect("heads.token_map", {heads.head_vocab}, nullptr, nullptr, 0);
+  }
+  for (const auto& [name, dtype_of_blocks] : blocks) {
+    const auto slot = state_->slots.find(name);
+    MEDUSA_CHECK_ARG(slot != state_->slots.end() && slot->second.weight != nullptr, "model: ", name,
+                     " cannot be stored as ", dtype_name(dtype_of_blocks), ": it is no matrix");
   }
 }
 
@@ -232,8 +255,10 @@ void ModelBuilder::add(const std::string& name, TensorView tensor) {
   MEDUSA_CHECK_ARG(tensor.rank == wanted.rank && tensor.shape == wanted.shape, "tensor ", name,
                    ": found shape ", shape_string(tensor), ", wanted ", shape_string(wanted));
   const bool is_map = slot.weight == nullptr && slot.buffer == nullptr;
-  MEDUSA_CHECK_ARG((tensor.dtype == DType::i32) == is_map, "tensor ", name, ": found dtype ",
-                   dtype_name(tensor.dtype), ", wanted ", is_map ? "i32" : "f32, f16 or bf16");
+  const bool own_blocks = slot.weight != nullptr && tensor.dtype == slot.weight->dtype();
+  MEDUSA_CHECK_ARG((tensor.dtype == DType::i32) == is_map && (!is_block(tensor.dtype) || own_blocks),
+                   "tensor ", name, ": found dtype ", dtype_name(tensor.dtype), ", wanted ",
+                   is_map ? "i32" : "f32, f16, bf16 or the blocks it is stored in");
   MEDUSA_CHECK_ARG(tensor.data != nullptr, "tensor ", name, ": its data is null");
 
   if (is_map) {

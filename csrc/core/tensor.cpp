@@ -2,22 +2,29 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "medusa/tensor.h"
 
+#include <array>
+
 #include "medusa/error.h"
 
 namespace medusa {
 
-const char* dtype_name(DType dtype) {
-  switch (dtype) {
-    case DType::f32:
-      return "f32";
-    case DType::f16:
-      return "f16";
-    case DType::bf16:
-      return "bf16";
-    case DType::i32:
-      return "i32";
+namespace {
+
+constexpr std::array<const char*, 8> kNames{"f32",  "f16",  "bf16", "i32",
+                                            "q8_0", "q4_0", "q4_1", "q4_k"};
+
+}  // namespace
+
+const char* dtype_name(DType dtype) { return kNames.at(static_cast<size_t>(dtype)); }
+
+DType parse_weight_dtype(const std::string& name) {
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    const auto dtype = static_cast<DType>(i);
+    if (name == kNames[i] && dtype != DType::i32) return dtype;
   }
-  return "unknown";
+  throw ArgumentError(concat("a weight's type is \"", name,
+                             "\"; choose \"bf16\", \"f16\", \"f32\", \"q8_0\", \"q4_0\", "
+                             "\"q4_1\" or \"q4_k\""));
 }
 
 DType parse_dtype(const std::string& name) {

@@ -125,10 +125,12 @@ class Backend {
   // Backend to host memory, after all earlier ops; waits.
   void download(void* dst, const void* src, int64_t num_bytes);
   std::unique_ptr<Buffer> allocate(int64_t num_bytes);  // zero-filled, 64-byte aligned; OutOfMemory
-  // An empty [N, K] matrix stored as `dtype`; fill every row with pack().
+  // An empty [N, K] matrix stored as `dtype`; fill every row with pack(). UnsupportedError where the
+  // backend has no product for the type.
   std::unique_ptr<Weight> make_weight(int64_t num_outputs, int64_t num_inputs, DType dtype);
   // Rows [first_output, first_output + src.size(0)) = src [n, K] (f32 | f16 | bf16, host), rounded
-  // to nearest even.
+  // to nearest even; into a block type quantised as block.h says (q4_k is not), or the weight's own
+  // blocks, taken as they are.
   void pack(Weight& weight, int64_t first_output, TensorView src);
   KvCache make_kv_cache(const KvShape& shape);
 

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -29,7 +30,7 @@ struct Head {
 
 struct Model {
   ModelConfig config;
-  DType dtype = DType::f32;  // of weights and cache
+  DType dtype = DType::f32;  // of the cache, and of weights that are not in blocks
   std::shared_ptr<Backend> backend;
   std::unique_ptr<Weight> embedding, lm_head;  // lm_head null where tied
   std::unique_ptr<Buffer> final_norm;
@@ -60,7 +61,10 @@ struct TensorSpec {
 //   heads.token_map [head_vocab] i32 (only where head_vocab < V)
 class ModelBuilder {
  public:
-  ModelBuilder(ModelConfig config, DType dtype, std::shared_ptr<Backend> backend);
+  // blocks: block types by tensor name; matrices not named are stored as `dtype`. Tensors that are
+  // stacked in one matrix (q, k and v; gate and up) must agree, else ArgumentError.
+  ModelBuilder(ModelConfig config, DType dtype, std::shared_ptr<Backend> backend,
+               const std::map<std::string, DType>& blocks = {});
   ~ModelBuilder();
   // ArgumentError names the tensor: unknown, given twice, wrong shape (found and wanted), wrong
   // dtype.

@@ -1,6 +1,7 @@
 // Backends, checkpoint files and models.
 // SPDX-License-Identifier: Apache-2.0
 #include <array>
+#include <map>
 #include <memory>
 #include <string_view>
 #include <utility>
@@ -137,11 +138,15 @@ void bind_model(py::module_& m) {
 
   py::class_<ModelBuilder>(m, "ModelBuilder")
       .def(py::init([](const std::string& config, const std::string& dtype,
-                       std::shared_ptr<Backend> backend) {
+                       std::shared_ptr<Backend> backend,
+                       const std::map<std::string, std::string>& blocks) {
+             std::map<std::string, DType> types;
+             for (const auto& [name, type] : blocks) types[name] = parse_weight_dtype(type);
              return std::make_unique<ModelBuilder>(ModelConfig::from_json(config),
-                                                   parse_dtype(dtype), std::move(backend));
+                                                   parse_dtype(dtype), std::move(backend), types);
            }),
-           py::arg("config"), py::arg("dtype"), py::arg("backend").none(false), Release())
+           py::arg("config"), py::arg("dtype"), py::arg("backend").none(false),
+           py::arg("blocks") = std::map<std::string, std::string>(), Release())
       .def(
           "add",
           [](ModelBuilder& builder, const std::string& name, const py::array& array,

@@ -16,6 +16,7 @@ TensorView borrow(const py::array& array, const std::optional<std::string>& dtyp
       (array.flags() & wanted) == wanted, name,
       ": the array is not C-contiguous and aligned; pass numpy.ascontiguousarray(array)");
   const std::string found = py::str(array.dtype());
+  const DType given = dtype && dtype != "i32" ? parse_weight_dtype(*dtype) : DType::i32;
   TensorView view;
   if (found == "float32") {
     view.dtype = DType::f32;
@@ -25,16 +26,25 @@ TensorView borrow(const py::array& array, const std::optional<std::string>& dtyp
     view.dtype = DType::i32;
   } else if (found == "uint16" && dtype == "bf16") {
     view.dtype = DType::bf16;
+  } else if (found == "uint8" && is_block(given)) {
+    view.dtype = given;
   } else {
     throw ArgumentError(concat(name, ": the array holds ", found,
-                               "; wanted float32, float16, int32, or uint16 with dtype=\"bf16\""));
+                               "; wanted float32, float16, int32, uint16 with dtype=\"bf16\", or "
+                               "uint8 with the name of a block type"));
   }
-  MEDUSA_CHECK_ARG(!dtype || parse_dtype(*dtype) == view.dtype, name, ": dtype is ", *dtype,
-                   ", the array holds ", found);
+  MEDUSA_CHECK_ARG(!dtype || given == view.dtype, name, ": dtype is ", *dtype, ", the array holds ",
+                   found);
   view.data = const_cast<void*>(array.data());  // the callee only reads what it was given to read
   view.rank = static_cast<int>(array.ndim());
   for (int axis = 0; axis < view.rank; ++axis) {
     view.shape[static_cast<size_t>(axis)] = array.shape(axis);
+  }
+  if (is_block(view.dtype)) {
+    int64_t& last = view.shape[static_cast<size_t>(view.rank - 1)];
+    MEDUSA_CHECK_ARG(last % block_bytes(view.dtype) == 0, name, ": rows of ", last,
+                     " bytes; a block of ", *dtype, " has ", block_bytes(view.dtype));
+    last = last / block_bytes(view.dtype) * block_elements(view.dtype);
   }
   return view;
 }

@@ -3,7 +3,7 @@
 Arrays are NumPy (C-contiguous); bf16 travels as uint16. Calls release the interpreter lock.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,12 +66,19 @@ class SafetensorsFile:
 class ModelBuilder:
     """Takes tensors by the names of csrc/medusa/model.h.
 
-    config: JSON of ModelConfig. dtype: "bf16", "f16", "f32".
+    config: JSON of ModelConfig. dtype: "bf16", "f16", "f32". blocks: "q8_0", "q4_0", "q4_1" or
+    "q4_k" by name of a matrix; others are stored as dtype. Tensors of one stored matrix (q, k and
+    v; gate and up) must agree.
     """
 
-    def __init__(self, config: str, dtype: str, backend: Backend) -> None: ...
+    def __init__(
+        self, config: str, dtype: str, backend: Backend, blocks: Mapping[str, str] = ...
+    ) -> None: ...
     def add(self, name: str, array: NDArray[Any], dtype: str | None = None) -> None:
-        """Pack one tensor. dtype: "bf16" for uint16 arrays that hold it; else the array's own."""
+        """Pack one tensor. dtype: "bf16" for uint16 arrays that hold it; the block type for rows of
+        uint8, which must be the stored one; else the array's own. Floats are quantised where the
+        matrix is stored in blocks (not q4_k).
+        """
     def finish(self) -> Model: ...
 
 class Model:

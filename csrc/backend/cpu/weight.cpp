@@ -52,6 +52,7 @@ void scatter(const void* src, char* block, int64_t first_k, int64_t count, int64
 
 std::unique_ptr<Weight> CpuBackend::do_make_weight(int64_t num_outputs, int64_t num_inputs,
                                                    DType dtype) {
+  if (is_block(dtype)) throw UnsupportedError("make_weight: blocks");  // TODO
   if (num_inputs % pair_of(dtype) != 0) {
     throw UnsupportedError(concat("make_weight: a bf16 weight has ", num_inputs,
                                   " inputs; the CPU needs an even number (or f16, f32)"));
