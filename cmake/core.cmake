@@ -19,11 +19,13 @@ set(medusa_core_sources
     csrc/core/tensor.cpp
     csrc/core/tree.cpp
     csrc/backend/cpu/attention.cpp
+    csrc/backend/cpu/block_weight.cpp
     csrc/backend/cpu/cache.cpp
     csrc/backend/cpu/choose.cpp
     csrc/backend/cpu/cpu_backend.cpp
     csrc/backend/cpu/isa.cpp
     csrc/backend/cpu/limits.cpp
+    csrc/backend/cpu/linear.cpp
     csrc/backend/cpu/memory.cpp
     csrc/backend/cpu/rope.cpp
     csrc/backend/cpu/thread_pool.cpp
@@ -33,6 +35,7 @@ set(medusa_core_sources
 # Each of these is compiled once for every instruction set; run-time dispatch chooses.
 set(medusa_kernel_sources
     csrc/backend/cpu/kernels/attention.cpp
+    csrc/backend/cpu/kernels/block_linear.cpp
     csrc/backend/cpu/kernels/linear.cpp
     csrc/backend/cpu/kernels/row_ops.cpp
     csrc/backend/cpu/kernels/table.cpp
@@ -53,9 +56,9 @@ endfunction()
 medusa_add_kernels(generic)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
   medusa_add_kernels(avx2 -mavx2 -mfma -mf16c -mbmi2)
-  medusa_add_kernels(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16
+  medusa_add_kernels(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni
                      -mfma -mf16c -mbmi2
                      # GCC 12 takes its own undefined-value intrinsics for uninitialised variables (GCC PR 105593).
-                     $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
+                     $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized -Wno-uninitialized>)
   target_compile_definitions(medusa_core PRIVATE MEDUSA_HAVE_X86_ISAS)
 endif()

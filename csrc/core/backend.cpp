@@ -174,6 +174,43 @@ void Backend::linear(TensorView x, const Weight& weight, TensorView bias, bool a
   if (x.size(0) > 0) do_linear(x, weight, bias, accumulate, out);
 }
 
+void Backend::norm_linear(TensorView x, TensorView gain, float eps, const Weight& weight,
+                          TensorView bias, TensorView normed, TensorView out) {
+  const int64_t R = x.size(0), K = weight.num_inputs();
+  check_view("norm_linear", "x", x, {DType::f32}, {kAny, K});
+  check_view("norm_linear", "gain", gain, {DType::f32}, {K});
+  check_view("norm_linear", "normed", normed, {activation_dtype(weight.dtype())}, {R, K});
+  check_view("norm_linear", "out", out, {DType::f32}, {R, weight.num_outputs()});
+  if (bias.data != nullptr) {
+    check_view("norm_linear", "bias", bias, {DType::f32}, {weight.num_outputs()});
+  }
+  if (R > 0) do_norm_linear(x, gain, eps, weight, bias, normed, out);
+}
+
+void Backend::gated_linear(TensorView gate_up, Activation activation, const Weight& weight,
+                           TensorView bias, bool accumulate, TensorView gated, TensorView out) {
+  const int64_t R = gate_up.size(0), K = weight.num_inputs();
+  check_view("gated_linear", "gate_up", gate_up, {DType::f32}, {kAny, 2 * K});
+  check_view("gated_linear", "gated", gated, {activation_dtype(weight.dtype())}, {R, K});
+  check_view("gated_linear", "out", out, {DType::f32}, {R, weight.num_outputs()});
+  if (bias.data != nullptr) {
+    check_view("gated_linear", "bias", bias, {DType::f32}, {weight.num_outputs()});
+  }
+  if (R > 0) do_gated_linear(gate_up, activation, weight, bias, accumulate, gated, out);
+}
+
+void Backend::do_norm_linear(TensorView x, TensorView gain, float eps, const Weight& weight,
+                             TensorView bias, TensorView normed, TensorView out) {
+  do_rms_norm(x, gain, eps, normed);
+  do_linear(normed, weight, bias, false, out);
+}
+
+void Backend::do_gated_linear(TensorView gate_up, Activation activation, const Weight& weight,
+                              TensorView bias, bool accumulate, TensorView gated, TensorView out) {
+  do_gated_activation(gate_up, activation, gated);
+  do_linear(gated, weight, bias, accumulate, out);
+}
+
 void Backend::rope_table(const Rows& rows, const RopeConfig& rope, TensorView prompt_len,
                          TensorView cos, TensorView sin) {
   const auto half = static_cast<int64_t>(rope.inv_freq.size());

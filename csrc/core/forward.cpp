@@ -59,8 +59,7 @@ class Pass {
         cache_(cache),
         input_(input),
         ws_(workspace),
-        rows_(input.rows.num_rows),
-        act_(ops_.activation_dtype(model.dtype)) {
+        rows_(input.rows.num_rows) {
     MEDUSA_CHECK_INTERNAL(rows_ > 0 && rows_ <= ws_.max_rows(), "forward: ", rows_,
                           " rows, workspace for ", ws_.max_rows());
     MEDUSA_CHECK_INTERNAL(input.logit_rows.size(0) <= ws_.max_logit_rows(),
@@ -86,6 +85,8 @@ class Pass {
   }
 
  private:
+  DType act_of(const Weight& weight) const { return ops_.activation_dtype(weight.dtype()); }
+
   TensorView view(void* memory, DType dtype, int64_t columns) const {
     return {memory, dtype, rows_, columns};
   }
@@ -94,36 +95,38 @@ class Pass {
     const Layer& layer = model_.layers[static_cast<size_t>(index)];
     const int64_t q_size = int64_t{config_.num_heads} * config_.head_dim;
     const int64_t qkv_size = q_size + int64_t{2} * config_.num_kv_heads * config_.head_dim;
-    const TensorView normed = view(ws_.normed_, act_, config_.hidden_size);
+    const TensorView normed = view(ws_.normed_, act_of(*layer.qkv), config_.hidden_size);
     const TensorView qkv = view(ws_.qkv_, DType::f32, qkv_size);
-    const TensorView q(ws_.q_, act_, rows_, config_.num_heads, config_.head_dim);
-    const TensorView mixed(ws_.attention_, act_, rows_, config_.num_heads, config_.head_dim);
+    const TensorView q(ws_.q_, ops_.activation_dtype(model_.dtype), rows_, config_.num_heads,
+                       config_.head_dim);
+    const TensorView mixed(ws_.attention_, act_of(*layer.o), rows_, config_.num_heads,
+                           config_.head_dim);
     const float scale = config_.attention_scale != 0.0f
                             ? config_.attention_scale
                             : 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
 
-    ops_.rms_norm(x, vector_of(layer.attn_norm, config_.hidden_size), config_.rms_norm_eps, normed);
-    ops_.linear(normed, *layer.qkv, vector_of(layer.qkv_bias, qkv_size), false, qkv);
+    ops_.norm_linear(x, vector_of(layer.attn_norm, config_.hidden_size), config_.rms_norm_eps,
+                     *layer.qkv, vector_of(layer.qkv_bias, qkv_size), normed, qkv);
     ops_.rope_write(qkv, input_.rows, cos, sin, vector_of(layer.q_norm, config_.head_dim),
                     vector_of(layer.k_norm, config_.head_dim), config_.rms_norm_eps, cache_, index,
                     q);
     ops_.tree_attention(q, cache_, index, input_.rows, scale,
                         config_.windows[static_cast<size_t>(index)], mixed);
-    ops_.linear(view(ws_.attention_, act_, q_size), *layer.o,
+    ops_.linear(view(ws_.attention_, act_of(*layer.o), q_size), *layer.o,
                 vector_of(layer.o_bias, config_.hidden_size), true, x);
   }
 
   void mlp(int index, const TensorView& x) {
     const Layer& layer = model_.layers[static_cast<size_t>(index)];
     const int64_t width = config_.intermediate_size;
-    const TensorView normed = view(ws_.normed_, act_, config_.hidden_size);
+    const TensorView normed = view(ws_.normed_, act_of(*layer.gate_up), config_.hidden_size);
     const TensorView gate_up = view(ws_.gate_up_, DType::f32, 2 * width);
-    const TensorView gated = view(ws_.gated_, act_, width);
+    const TensorView gated = view(ws_.gated_, act_of(*layer.down), width);
 
-    ops_.rms_norm(x, vector_of(layer.mlp_norm, config_.hidden_size), config_.rms_norm_eps, normed);
-    ops_.linear(normed, *layer.gate_up, vector_of(layer.gate_up_bias, 2 * width), false, gate_up);
-    ops_.gated_activation(gate_up, config_.activation, gated);
-    ops_.linear(gated, *layer.down, vector_of(layer.down_bias, config_.hidden_size), true, x);
+    ops_.norm_linear(x, vector_of(layer.mlp_norm, config_.hidden_size), config_.rms_norm_eps,
+                     *layer.gate_up, vector_of(layer.gate_up_bias, 2 * width), normed, gate_up);
+    ops_.gated_linear(gate_up, config_.activation, *layer.down,
+                      vector_of(layer.down_bias, config_.hidden_size), true, gated, x);
   }
 
   PassOutput finish(const TensorView& x) {
@@ -138,8 +141,7 @@ class Pass {
     ops_.rms_norm(gathered, vector_of(model_.final_norm, d), config_.rms_norm_eps, out.hidden);
     if (num_logits == 0) return out;
 
-    const TensorView wanted(ws_.hidden_logit_, ops_.activation_dtype(model_.output().dtype()),
-                            num_logits, d);
+    const TensorView wanted(ws_.hidden_logit_, act_of(model_.output()), num_logits, d);
     out.logits = TensorView(ws_.logits_, DType::f32, num_logits, config_.vocab_size);
     ops_.gather_rows(out.hidden, input_.logit_rows, wanted);
     ops_.linear(wanted, model_.output(), TensorView(), false, out.logits);
@@ -153,7 +155,6 @@ class Pass {
   const PassInput& input_;
   Workspace& ws_;
   const int64_t rows_;
-  const DType act_;
 };
 
 PassOutput forward(const Model& model, KvCache& cache, const PassInput& input,

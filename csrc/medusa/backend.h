@@ -125,8 +125,8 @@ class Backend {
   // Backend to host memory, after all earlier ops; waits.
   void download(void* dst, const void* src, int64_t num_bytes);
   std::unique_ptr<Buffer> allocate(int64_t num_bytes);  // zero-filled, 64-byte aligned; OutOfMemory
-  // An empty [N, K] matrix stored as `dtype`; fill every row with pack(). UnsupportedError where the
-  // backend has no product for the type.
+  // An empty [N, K] matrix stored as `dtype`; fill every row with pack(). UnsupportedError where
+  // the backend has no product for the type.
   std::unique_ptr<Weight> make_weight(int64_t num_outputs, int64_t num_inputs, DType dtype);
   // Rows [first_output, first_output + src.size(0)) = src [n, K] (f32 | f16 | bf16, host), rounded
   // to nearest even; into a block type quantised as block.h says (q4_k is not), or the weight's own
@@ -147,6 +147,16 @@ class Backend {
   // out [R, N] f32 = (accumulate ? out : 0) + x W^T + bias.   x [R, K] activation_dtype(W), bias
   // [N] f32 or null. One fixed order over K for every (row, output), whatever R is; f32 sums.
   void linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate, TensorView out);
+
+  // linear(rms_norm(x, gain, eps)), bit for bit; normed [R, K] activation_dtype(W) may be used as
+  // scratch. A backend may do both in one pass.
+  void norm_linear(TensorView x, TensorView gain, float eps, const Weight& weight, TensorView bias,
+                   TensorView normed, TensorView out);
+
+  // linear(gated_activation(gate_up)), bit for bit; gated [R, K] activation_dtype(W) may be used as
+  // scratch.
+  void gated_linear(TensorView gate_up, Activation activation, const Weight& weight,
+                    TensorView bias, bool accumulate, TensorView gated, TensorView out);
 
   // cos, sin [R, rotary_dim / 2] f32 at each row's position. prompt_len [R] i32 is read by dynamic
   // scaling only.
@@ -206,6 +216,10 @@ class Backend {
   virtual void do_rms_norm(TensorView x, TensorView gain, float eps, TensorView out) = 0;
   virtual void do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate,
                          TensorView out) = 0;
+  virtual void do_norm_linear(TensorView x, TensorView gain, float eps, const Weight& weight,
+                              TensorView bias, TensorView normed, TensorView out);
+  virtual void do_gated_linear(TensorView gate_up, Activation activation, const Weight& weight,
+                               TensorView bias, bool accumulate, TensorView gated, TensorView out);
   virtual void do_rope_table(const Rows& rows, const RopeConfig& rope, TensorView prompt_len,
                              TensorView cos, TensorView sin) = 0;
   virtual void do_rope_write(TensorView qkv, const Rows& rows, TensorView cos, TensorView sin,

@@ -210,13 +210,21 @@ Activation parse_activation(const std::string& name) {
   throw ArgumentError(concat("activation is \"", name, "\"; wanted silu, gelu or gelu_tanh"));
 }
 
+// Floats, or rows of uint8 that hold blocks of the type `dtype`.
+std::unique_ptr<Weight> pack_of(Backend& backend, const py::array& weight,
+                                const std::string& dtype) {
+  const bool blocks = py::str(weight.dtype()).cast<std::string>() == "uint8";
+  const std::optional<std::string> name = blocks ? std::optional(dtype) : std::nullopt;
+  return make_weight(backend, borrow(weight, name, "weight"), parse_weight_dtype(dtype));
+}
+
 void bind_row_ops(py::class_<Ops>& ops) {
   ops.def_static(
       "pack_unpack",
       [](Backend& backend, const py::array& weight, const std::string& dtype,
          const std::optional<std::string>& src_dtype) {
         const auto packed =
-            make_weight(backend, borrow(weight, src_dtype, "weight"), parse_dtype(dtype));
+            make_weight(backend, borrow(weight, src_dtype, "weight"), parse_weight_dtype(dtype));
         std::vector<int32_t> all(static_cast<size_t>(packed->num_outputs()));
         std::iota(all.begin(), all.end(), 0);
         return embed(backend, {all.data(), DType::i32, packed->num_outputs()}, *packed, 1.0f);
@@ -242,9 +250,9 @@ void bind_row_ops(py::class_<Ops>& ops) {
       py::arg("backend"), py::arg("x"), py::arg("gain"), py::arg("eps"), py::arg("out_dtype"));
   ops.def_static(
       "linear",
-      [](Backend& backend, const Floats& x, const Floats& weight, const std::string& dtype,
+      [](Backend& backend, const Floats& x, const py::array& weight, const std::string& dtype,
          const std::optional<Floats>& bias, const std::optional<Floats>& residual) {
-        const auto packed = make_weight(backend, view_of(weight), parse_dtype(dtype));
+        const auto packed = pack_of(backend, weight, dtype);
         const Staged in(backend, x, backend.activation_dtype(packed->dtype()));
         const TensorView shape(nullptr, DType::f32, in.view().size(0), packed->num_outputs());
         const Staged out =
@@ -255,6 +263,42 @@ void bind_row_ops(py::class_<Ops>& ops) {
       },
       py::arg("backend"), py::arg("x"), py::arg("weight"), py::arg("dtype"),
       py::arg("bias") = py::none(), py::arg("residual") = py::none());
+  ops.def_static(
+      "norm_linear",
+      [](Backend& backend, const Floats& x, const Floats& gain, float eps, const py::array& weight,
+         const std::string& dtype, const std::optional<Floats>& bias) {
+        const auto packed = pack_of(backend, weight, dtype);
+        const DType act = backend.activation_dtype(packed->dtype());
+        const Staged in(backend, view_of(x)), gains(backend, view_of(gain));
+        const Staged normed(backend, view_of(x), act);
+        const TensorView shape(nullptr, DType::f32, x.shape(0), packed->num_outputs());
+        const Staged out(backend, shape, DType::f32);
+        const StagedOptional biases(backend, bias);
+        backend.norm_linear(in.view(), gains.view(), eps, *packed, biases.view(), normed.view(),
+                            out.view());
+        return out.values();
+      },
+      py::arg("backend"), py::arg("x"), py::arg("gain"), py::arg("eps"), py::arg("weight"),
+      py::arg("dtype"), py::arg("bias") = py::none());
+  ops.def_static(
+      "gated_linear",
+      [](Backend& backend, const Floats& gate_up, const std::string& activation,
+         const py::array& weight, const std::string& dtype, const std::optional<Floats>& bias,
+         const std::optional<Floats>& residual) {
+        const auto packed = pack_of(backend, weight, dtype);
+        const Staged in(backend, view_of(gate_up));
+        const TensorView inputs(nullptr, DType::f32, gate_up.shape(0), packed->num_inputs());
+        const Staged gated(backend, inputs, backend.activation_dtype(packed->dtype()));
+        const TensorView shape(nullptr, DType::f32, gate_up.shape(0), packed->num_outputs());
+        const Staged out =
+            residual ? Staged(backend, view_of(*residual)) : Staged(backend, shape, DType::f32);
+        const StagedOptional biases(backend, bias);
+        backend.gated_linear(in.view(), parse_activation(activation), *packed, biases.view(),
+                             residual.has_value(), gated.view(), out.view());
+        return out.values();
+      },
+      py::arg("backend"), py::arg("gate_up"), py::arg("activation"), py::arg("weight"),
+      py::arg("dtype"), py::arg("bias") = py::none(), py::arg("residual") = py::none());
   ops.def_static(
       "gated_activation",
       [](Backend& backend, const Floats& gate_up, const std::string& activation,

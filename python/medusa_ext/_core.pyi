@@ -313,7 +313,28 @@ class ops:
     def linear(
         backend: Backend,
         x: NDArray[np.float32],
-        weight: NDArray[np.float32],
+        weight: NDArray[Any],
+        dtype: str,
+        bias: NDArray[np.float32] | None = None,
+        residual: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """weight: f32 [N, K], or rows of uint8 that hold blocks of type dtype."""
+    @staticmethod
+    def norm_linear(
+        backend: Backend,
+        x: NDArray[np.float32],
+        gain: NDArray[np.float32],
+        eps: float,
+        weight: NDArray[Any],
+        dtype: str,
+        bias: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]: ...
+    @staticmethod
+    def gated_linear(
+        backend: Backend,
+        gate_up: NDArray[np.float32],
+        activation: str,
+        weight: NDArray[Any],
         dtype: str,
         bias: NDArray[np.float32] | None = None,
         residual: NDArray[np.float32] | None = None,

@@ -53,9 +53,7 @@ void CpuBackend::do_rms_norm(TensorView x, TensorView gain, float eps, TensorVie
 
 void CpuBackend::do_gated_activation(TensorView gate_up, Activation activation, TensorView out) {
   const int64_t n = out.size(1);
-  const auto gate = activation == Activation::silu   ? kernels_.silu_gate
-                    : activation == Activation::gelu ? kernels_.gelu_gate
-                                                     : kernels_.gelu_tanh_gate;
+  const Gate gate = gate_kernel(activation);
   split(out.size(0), 4 * n, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const float* values = gate_up.as<float>() + row * 2 * n;

@@ -37,6 +37,10 @@ class CpuBackend final : public Backend {
   void do_rms_norm(TensorView x, TensorView gain, float eps, TensorView out) override;
   void do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate,
                  TensorView out) override;
+  void do_norm_linear(TensorView x, TensorView gain, float eps, const Weight& weight,
+                      TensorView bias, TensorView normed, TensorView out) override;
+  void do_gated_linear(TensorView gate_up, Activation activation, const Weight& weight,
+                       TensorView bias, bool accumulate, TensorView gated, TensorView out) override;
   void do_rope_table(const Rows& rows, const RopeConfig& rope, TensorView prompt_len,
                      TensorView cos, TensorView sin) override;
   void do_rope_write(TensorView qkv, const Rows& rows, TensorView cos, TensorView sin,
@@ -53,6 +57,20 @@ class CpuBackend final : public Backend {
   void do_copy_page(KvCache& cache, int src, int dst, int num_tokens) override;
   void do_read_kv(const KvCache& cache, int layer, int sequence, int slot, float* k,
                   float* v) override;
+
+  void pack_blocks(Weight& weight, int64_t first_output, TensorView src);
+
+  template <class Make>
+  void product(int64_t num_rows, const Make& make, const Weight& weight, TensorView bias,
+               bool accumulate, TensorView out);
+
+  // One row: out [n] = act(gate [n]) * up [n], as bf16 or f32.
+  using Gate = void (*)(const float*, const float*, int64_t, void*, bool);
+  Gate gate_kernel(Activation activation) const {
+    return activation == Activation::silu   ? kernels_.silu_gate
+           : activation == Activation::gelu ? kernels_.gelu_gate
+                                            : kernels_.gelu_tanh_gate;
+  }
 
   // body(first, last) over pieces of [0, count): one piece where the whole is less than about 20 us
   // of work.

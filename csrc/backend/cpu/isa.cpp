@@ -16,7 +16,7 @@ std::vector<const Kernels*> usable_kernels() {
   if (avx2) usable.push_back(&kernels_avx2());
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bf16")) {
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
     usable.push_back(&kernels_avx512());
   }
 #endif

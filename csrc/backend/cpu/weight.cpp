@@ -1,39 +1,14 @@
-// Packed weights: make_weight, pack, embed and linear.
+// Packed weights: make_weight, pack and embed.
 // SPDX-License-Identifier: Apache-2.0
 #include <cstring>
 #include <vector>
 
 #include "backend/cpu/cpu_backend.h"
-#include "backend/cpu/layout.h"
-#include "backend/cpu/memory.h"
+#include "backend/cpu/packed_weight.h"
 #include "medusa/error.h"
 
 namespace medusa::cpu {
 namespace {
-
-// [ceil(N / 32)][K / pair][32][pair], columns beyond N are zero.
-class PackedWeight final : public Weight {
- public:
-  PackedWeight(int64_t num_outputs, int64_t num_inputs, DType dtype) {
-    num_outputs_ = num_outputs;
-    num_inputs_ = num_inputs;
-    dtype_ = dtype;
-    memory_ = map_memory(num_blocks() * block_bytes(), true);
-  }
-  int64_t num_bytes() const override { return memory_->num_bytes(); }
-  int64_t num_blocks() const { return (num_outputs_ + kColumns - 1) / kColumns; }
-  int64_t block_bytes() const { return kColumns * num_inputs_ * dtype_bytes(dtype_); }
-  char* block(int64_t index) const {
-    return static_cast<char*>(memory_->data()) + index * block_bytes();
-  }
-
- private:
-  std::unique_ptr<Buffer> memory_;
-};
-
-const PackedWeight& packed(const Weight& weight) {
-  return static_cast<const PackedWeight&>(weight);
-}
 
 // Copies row `src` [count] to one column of a block, k from first_k; a T is `pair` values.
 template <class T>
@@ -52,7 +27,6 @@ void scatter(const void* src, char* block, int64_t first_k, int64_t count, int64
 
 std::unique_ptr<Weight> CpuBackend::do_make_weight(int64_t num_outputs, int64_t num_inputs,
                                                    DType dtype) {
-  if (is_block(dtype)) throw UnsupportedError("make_weight: blocks");  // TODO
   if (num_inputs % pair_of(dtype) != 0) {
     throw UnsupportedError(concat("make_weight: a bf16 weight has ", num_inputs,
                                   " inputs; the CPU needs an even number (or f16, f32)"));
@@ -64,6 +38,7 @@ std::unique_ptr<Weight> CpuBackend::do_make_weight(int64_t num_outputs, int64_t 
 // their column; 32 rows of a block fall into the same cache lines.
 void CpuBackend::do_pack(Weight& weight, int64_t first_output, TensorView src) {
   constexpr int64_t kPiece = 256;
+  if (is_block(weight.dtype())) return pack_blocks(weight, first_output, src);
   const PackedWeight& target = packed(weight);
   const int64_t K = weight.num_inputs(), end = first_output + src.size(0),
                 pair = pair_of(weight.dtype());
@@ -94,7 +69,34 @@ void CpuBackend::do_pack(Weight& weight, int64_t first_output, TensorView src) {
   });
 }
 
-// Traffic: one cache line for every pair of values of a row.
+// Traffic: source and weight once.
+void CpuBackend::pack_blocks(Weight& weight, int64_t first_output, TensorView src) {
+  const PackedWeight& target = packed(weight);
+  const DType dtype = weight.dtype();
+  const int64_t K = weight.num_inputs(), end = first_output + src.size(0);
+  const int64_t row_bytes = K / block_elements(dtype) * block_bytes(dtype);
+  const int64_t first_block = first_output / kColumns, last_block = (end + kColumns - 1) / kColumns;
+  split(last_block - first_block, kColumns * K, [&](int64_t first, int64_t last) {
+    std::vector<float> values;
+    std::vector<uint8_t> blocks;
+    for (int64_t output = std::max((first_block + first) * kColumns, first_output);
+         output < std::min((first_block + last) * kColumns, end); ++output) {
+      const uint8_t* row = src.as<uint8_t>() + (output - first_output) * row_bytes;
+      if (src.dtype != dtype) {
+        values.resize(static_cast<size_t>(K));
+        blocks.resize(static_cast<size_t>(row_bytes));
+        kernels_.convert(src.as<char>() + (output - first_output) * K * dtype_bytes(src.dtype),
+                         src.dtype, values.data(), DType::f32, K);
+        quantise_row(kernels_, dtype, values.data(), K, blocks.data());
+        row = blocks.data();
+      }
+      place_row(dtype, row, K, reinterpret_cast<uint8_t*>(target.block(output / kColumns)),
+                static_cast<int>(output % kColumns));
+    }
+  });
+}
+
+// Traffic: one cache line for every pair of values of a row (four where they lie in blocks).
 void CpuBackend::do_embed(TensorView tokens, const Weight& weight, float scale, TensorView out) {
   const PackedWeight& source = packed(weight);
   const int64_t K = weight.num_inputs(), pair = pair_of(weight.dtype()),
@@ -110,10 +112,14 @@ void CpuBackend::do_embed(TensorView tokens, const Weight& weight, float scale, 
     for (int64_t row = first; row < last; ++row) {
       const int32_t token = tokens.as<int32_t>()[row];
       float* values = out.as<float>() + row * K;
-      for (int64_t k = 0; k < K; k += kPiece) {
+      const char* block = source.block(token / kColumns);
+      if (is_block(weight.dtype())) {
+        read_row(kernels_, weight.dtype(), reinterpret_cast<const uint8_t*>(block), K,
+                 token % kColumns, values);
+      }
+      for (int64_t k = is_block(weight.dtype()) ? K : 0; k < K; k += kPiece) {
         const int64_t count = std::min(kPiece, K - k);
-        const char* from = source.block(token / kColumns) +
-                           packed_index(k, token % kColumns, kColumns, pair) * bytes;
+        const char* from = block + packed_index(k, token % kColumns, kColumns, pair) * bytes;
         for (int64_t i = 0; i < count; i += pair, from += kColumns * pair * bytes) {
           std::memcpy(piece + i * bytes, from, static_cast<size_t>(pair * bytes));
         }
@@ -123,52 +129,6 @@ void CpuBackend::do_embed(TensorView tokens, const Weight& weight, float scale, 
         for (int64_t k = 0; k < K; ++k) values[k] *= scale;
       }
     }
-  });
-}
-
-void CpuBackend::do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate,
-                           TensorView out) {
-  constexpr int64_t kPanelRows = 120;  // these rows of x stay cached while blocks of W pass
-  constexpr int64_t kWorthBytes = 32768;
-  const PackedWeight& matrix = packed(weight);
-  const int64_t R = x.size(0), num_blocks = matrix.num_blocks();
-  const int64_t num_panels = (R + kPanelRows - 1) / kPanelRows;
-  const int64_t threads = pool_.num_threads();
-  const int64_t work = num_blocks * matrix.block_bytes();
-  const int64_t num_stripes = std::max<int64_t>(
-      1, std::min({num_blocks, 4 * threads, work * std::min<int64_t>(R, 8) / kWorthBytes}));
-  const int64_t row_bytes = x.size(1) * dtype_bytes(x.dtype);
-  const auto first_of = [&](int64_t panel) { return R * panel / num_panels; };
-  const char* rows = x.as<char>();
-  if (R > 1) {
-    thread_local std::vector<char> memory;
-    if (memory.size() < static_cast<size_t>(R * row_bytes)) {
-      memory.resize(static_cast<size_t>(R * row_bytes));
-    }
-    char* arranged = memory.data();
-    pool_.run(static_cast<int>(num_panels), [&](int panel) {
-      const int64_t first = first_of(panel);
-      kernels_.arrange_rows(weight.dtype(), rows + first * row_bytes, first_of(panel + 1) - first,
-                            x.size(1), arranged + first * row_bytes);
-    });
-    rows = arranged;
-  }
-  pool_.run(static_cast<int>(num_panels * num_stripes), [&](int task) {
-    const int64_t panel = task / num_stripes, stripe = task % num_stripes;
-    const int64_t first_row = first_of(panel), last_row = first_of(panel + 1);
-    LinearTask part;
-    part.dtype = weight.dtype();
-    part.weight = matrix.block(0);
-    part.x = rows + first_row * row_bytes;
-    part.bias = bias.as<float>();
-    part.out = out.as<float>() + first_row * out.size(1);
-    part.accumulate = accumulate;
-    part.num_rows = last_row - first_row;
-    part.num_inputs = weight.num_inputs();
-    part.num_outputs = weight.num_outputs();
-    part.first_block = num_blocks * stripe / num_stripes;
-    part.last_block = num_blocks * (stripe + 1) / num_stripes;
-    kernels_.linear(part);
   });
 }
 

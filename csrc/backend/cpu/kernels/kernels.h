@@ -16,11 +16,12 @@ constexpr int kTileQueries = 8;  // (row, head) pairs of one attention tile
 constexpr int kPage = 64;        // tokens of a page of the cache
 constexpr int kMaxAncestorWords = 4;
 
-// Blocks [first_block, last_block) of 32 outputs for rows [0, num_rows); see linear.cpp.
+// Blocks [first_block, last_block) of 32 outputs for rows [0, num_rows); see linear.cpp and
+// block_linear.cpp.
 struct LinearTask {
   DType dtype;         // of the weight
   const void* weight;  // packed, all N outputs
-  const void* x;       // [num_rows, K] bf16 for bf16 weights, else f32, as arrange_rows left it
+  const void* x;       // [num_rows, K], each tile of rows as arrange_rows left it
   const float* bias;   // [N] or null
   float* out;          // [num_rows, N]
   bool accumulate;
@@ -51,7 +52,10 @@ struct AttentionTile {
 
 struct Kernels {
   const char* name;
-  // The num_rows rows of one LinearTask in the order that it reads; a single row stays as it is.
+  // The rows of a LinearTask are taken in ceil(num_rows / tile_rows) nearly equal tiles, each laid
+  // out by arrange_rows: x [num_rows, K] bf16 for bf16 weights, else f32, to arranged_bytes a row.
+  int (*tile_rows)(DType weight_dtype);
+  int64_t (*arranged_bytes)(DType weight_dtype, int64_t num_inputs);
   void (*arrange_rows)(DType weight_dtype, const void* x, int64_t num_rows, int64_t num_inputs,
                        void* out);
   void (*linear)(const LinearTask& task);

@@ -54,7 +54,7 @@ void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_
 
 // Rows of a tile at most. Pairs of bf16 need twice the registers where they are widened.
 template <class W>
-constexpr int64_t tile_rows() {
+constexpr int64_t max_tile_rows() {
 #if defined(MEDUSA_SIMD_AVX2)
   return kMaxRows;
 #else
@@ -84,7 +84,7 @@ void linear_of(const LinearTask& task) {
       rows_of_block<W, 12>,
 #endif
   };
-  constexpr int64_t kTileRows = tile_rows<W>();
+  constexpr int64_t kTileRows = max_tile_rows<W>();
   const int64_t num_tiles = (task.num_rows + kTileRows - 1) / kTileRows;
   const int64_t block_elements = kColumns * task.num_inputs;
   const int64_t block_bytes = block_elements * static_cast<int64_t>(sizeof(W));
@@ -109,24 +109,40 @@ void linear_of(const LinearTask& task) {
 template <class W>
 void arrange_of(const void* x, int64_t num_rows, int64_t num_inputs, void* out) {
   using X = typename Operand<W>::X;
-  const int64_t num_tiles = (num_rows + tile_rows<W>() - 1) / tile_rows<W>();
-  for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    const int64_t first = num_rows * tile / num_tiles, last = num_rows * (tile + 1) / num_tiles;
-    const auto row_of = [&](int m) { return static_cast<const X*>(x) + (first + m) * num_inputs; };
-    interleave<X, Operand<W>::kStep>(row_of, static_cast<int>(last - first), num_inputs,
-                                     static_cast<X*>(out) + first * num_inputs);
-  }
+  const auto row_of = [&](int m) { return static_cast<const X*>(x) + m * num_inputs; };
+  interleave<X, Operand<W>::kStep>(row_of, static_cast<int>(num_rows), num_inputs,
+                                   static_cast<X*>(out));
 }
 
 }  // namespace
 
+int block_tile_rows();
+int64_t arranged_block_bytes(int64_t num_inputs);
+void arrange_block_rows(DType dtype, const float* x, int64_t num_rows, int64_t num_inputs,
+                        void* out);
+void block_linear(const LinearTask& task);
+
+int tile_rows(DType dtype) {
+  if (dtype >= DType::q8_0) return block_tile_rows();
+  return static_cast<int>(dtype == DType::bf16 ? max_tile_rows<Bf16>() : max_tile_rows<float>());
+}
+
+int64_t arranged_bytes(DType dtype, int64_t num_inputs) {
+  if (dtype >= DType::q8_0) return arranged_block_bytes(num_inputs);
+  return num_inputs * static_cast<int64_t>(dtype == DType::bf16 ? sizeof(Bf16) : sizeof(float));
+}
+
 void arrange_rows(DType dtype, const void* x, int64_t num_rows, int64_t num_inputs, void* out) {
+  if (dtype >= DType::q8_0) {
+    return arrange_block_rows(dtype, static_cast<const float*>(x), num_rows, num_inputs, out);
+  }
   if (dtype == DType::bf16) return arrange_of<Bf16>(x, num_rows, num_inputs, out);
   if (dtype == DType::f16) return arrange_of<F16>(x, num_rows, num_inputs, out);
   arrange_of<float>(x, num_rows, num_inputs, out);
 }
 
 void linear(const LinearTask& task) {
+  if (task.dtype >= DType::q8_0) return block_linear(task);
   if (task.dtype == DType::bf16) return linear_of<Bf16>(task);
   if (task.dtype == DType::f16) return linear_of<F16>(task);
   linear_of<float>(task);

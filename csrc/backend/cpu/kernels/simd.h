@@ -1,7 +1,7 @@
 // V: a vector of 16 f32 lanes on every machine (one AVX-512 register, two of AVX2, four of 128
-// bits), so that one source serves all. Pairs: 16 lanes of two bf16 each. Nothing here rounds other
-// than to nearest even. All of it has internal linkage or lives in the namespace of its instruction
-// set (see kernels.h).
+// bits), so that one source serves all. Pairs: 16 lanes of two bf16 each. I: 16 lanes of 32-bit
+// integers. Bytes: 16 lanes of four bytes each. Nothing here rounds other than to nearest even. All
+// of it has internal linkage or lives in the namespace of its instruction set (see kernels.h).
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -20,7 +20,8 @@
 #define MEDUSA_SIMD_AVX2 1
 #endif
 #if defined(MEDUSA_SIMD_AVX2) && defined(__AVX512F__) && defined(__AVX512BW__) && \
-    defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512BF16__)
+    defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512BF16__) &&  \
+    defined(__AVX512VNNI__)
 #define MEDUSA_SIMD_AVX512 1
 #endif
 

@@ -1,4 +1,5 @@
-// V for AVX2: two registers; Pairs are widened to even and odd halves. Included by simd.h alone.
+// V, I and Bytes for AVX2: two registers; Pairs are widened to even and odd halves. Included by
+// simd.h alone.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -9,6 +10,12 @@ struct V {
 };
 struct Pairs {
   V even, odd;
+};
+struct I {
+  __m256i a, b;
+};
+struct Bytes {
+  __m256i a, b;
 };
 
 MEDUSA_INLINE V splat(float x) {
@@ -100,5 +107,72 @@ MEDUSA_INLINE Pairs splat_pair(const Bf16* p) {
   return {{even, even}, {odd, odd}};
 }
 MEDUSA_INLINE V dot(V sum, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, sum)); }
+
+MEDUSA_INLINE I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+MEDUSA_INLINE I splat_i(const void* p) {
+  int32_t x;
+  __builtin_memcpy(&x, p, 4);
+  const __m256i v = _mm256_set1_epi32(x);
+  return {v, v};
+}
+MEDUSA_INLINE V to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+MEDUSA_INLINE V widen_bytes(const uint8_t* p) {
+  const __m128i bytes = load_128(p);
+  return to_float({_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))});
+}
+MEDUSA_INLINE Bytes load_bytes(const uint8_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+}
+MEDUSA_INLINE Bytes splat_quad(const uint8_t* p) {
+  const I x = splat_i(p);
+  return {x.a, x.b};
+}
+MEDUSA_INLINE Bytes low_nibbles(Bytes x) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+MEDUSA_INLINE Bytes high_nibbles(Bytes x) {
+  return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)});
+}
+// The products fit 16 bits two by two: at most 2 * 128 * 127.
+MEDUSA_INLINE __m256i add_products(__m256i sum, __m256i magnitude, __m256i x) {
+  const __m256i twos = _mm256_maddubs_epi16(magnitude, x);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(twos, _mm256_set1_epi16(1)));
+}
+// sum + the four products of each lane: w from 0 to 15, x from -127 to 127.
+MEDUSA_INLINE I dot_small(I sum, Bytes w, Bytes x) {
+  return {add_products(sum.a, w.a, x.a), add_products(sum.b, w.b, x.b)};
+}
+MEDUSA_INLINE __m256i add_signed(__m256i sum, __m256i w, __m256i x) {
+  w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+  return add_products(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
+// sum + the products with w - 128; kDotTakesUnsigned: with w, and sum starts 128 times x less.
+constexpr bool kDotTakesUnsigned = false;
+MEDUSA_INLINE I dot_offset_128(I sum, Bytes w, Bytes x) {
+  return {add_signed(sum.a, w.a, x.a), add_signed(sum.b, w.b, x.b)};
+}
+// The bits of the greatest |lane|; a NaN is greater than all.
+MEDUSA_INLINE uint32_t greatest_magnitude_bits(V a, V b) {
+  const __m256 bits = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  const auto magnitude = [&](__m256 x) { return _mm256_castps_si256(_mm256_and_ps(x, bits)); };
+  const __m256i most = _mm256_max_epi32(_mm256_max_epi32(magnitude(a.a), magnitude(a.b)),
+                                        _mm256_max_epi32(magnitude(b.a), magnitude(b.b)));
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+}
+// The low byte of each lane.
+MEDUSA_INLINE void store_low_bytes(int8_t* p, V x) {
+  const __m256i low = _mm256_set1_epi32(255);
+  const __m256i a = _mm256_and_si256(_mm256_castps_si256(x.a), low);
+  const __m256i b = _mm256_and_si256(_mm256_castps_si256(x.b), low);
+  const __m128i first = _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  const __m128i second =
+      _mm_packus_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+  store_128(p, _mm_packus_epi16(first, second));
+}
 
 }  // namespace medusa::cpu::MEDUSA_ISA

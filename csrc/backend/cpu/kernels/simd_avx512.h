@@ -1,4 +1,5 @@
-// V and Pairs for AVX-512 with BF16: one register each. Included by simd.h alone.
+// V, Pairs, I and Bytes for AVX-512 with BF16 and VNNI: one register each. Included by simd.h
+// alone.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -7,6 +8,12 @@ namespace medusa::cpu::MEDUSA_ISA {
 using V = __m512;
 struct Pairs {
   __m512bh v;
+};
+struct I {
+  __m512i v;
+};
+struct Bytes {
+  __m512i v;
 };
 
 MEDUSA_INLINE V splat(float x) { return _mm512_set1_ps(x); }
@@ -58,5 +65,41 @@ MEDUSA_INLINE Pairs splat_pair(const Bf16* p) {
   return {reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits))};
 }
 MEDUSA_INLINE V dot(V sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, a.v, b.v); }
+
+MEDUSA_INLINE I zero_i() { return {_mm512_setzero_si512()}; }
+MEDUSA_INLINE I splat_i(const void* p) {
+  int32_t x;
+  __builtin_memcpy(&x, p, 4);
+  return {_mm512_set1_epi32(x)};
+}
+MEDUSA_INLINE V to_float(I x) { return _mm512_cvtepi32_ps(x.v); }
+MEDUSA_INLINE V widen_bytes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+}
+MEDUSA_INLINE Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+MEDUSA_INLINE Bytes splat_quad(const uint8_t* p) { return {splat_i(p).v}; }
+MEDUSA_INLINE Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
+MEDUSA_INLINE Bytes high_nibbles(Bytes x) {
+  return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))};
+}
+// sum + the four products of each lane: w from 0 to 15, x from -127 to 127.
+MEDUSA_INLINE I dot_small(I sum, Bytes w, Bytes x) {
+  return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)};
+}
+// sum + the products with w - 128; kDotTakesUnsigned: with w, and sum starts 128 times x less.
+constexpr bool kDotTakesUnsigned = true;
+MEDUSA_INLINE I dot_offset_128(I sum, Bytes w, Bytes x) { return dot_small(sum, w, x); }
+// The bits of the greatest |lane|; a NaN is greater than all.
+MEDUSA_INLINE uint32_t greatest_magnitude_bits(V a, V b) {
+  const __m512i bits = _mm512_set1_epi32(0x7fffffff);
+  const __m512i most = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), bits),
+                                        _mm512_and_si512(_mm512_castps_si512(b), bits));
+  return static_cast<uint32_t>(_mm512_reduce_max_epi32(most));
+}
+// The low byte of each lane.
+MEDUSA_INLINE void store_low_bytes(int8_t* p, V x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(x)));
+}
 
 }  // namespace medusa::cpu::MEDUSA_ISA

@@ -15,6 +15,14 @@ struct V {
 struct Pairs {
   V even, odd;
 };
+typedef int32_t S4 __attribute__((vector_size(16)));
+typedef int16_t S8 __attribute__((vector_size(16)));
+struct I {
+  S4 part[4];
+};
+struct Bytes {  // each four bytes of a lane as two pairs of 16 bits: 0 and 2, 1 and 3
+  S8 even[4], odd[4];
+};
 
 MEDUSA_INLINE F4 splat_4(float x) { return F4{x, x, x, x}; }
 MEDUSA_INLINE V splat(float x) { return {splat_4(x), splat_4(x), splat_4(x), splat_4(x)}; }
@@ -130,5 +138,89 @@ MEDUSA_INLINE Pairs splat_pair(const Bf16* p) {
           splat(float_of(static_cast<uint32_t>(p[1].bits) << 16))};
 }
 MEDUSA_INLINE V dot(V sum, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, sum)); }
+
+MEDUSA_INLINE S4 splat_s4(int32_t x) { return S4{x, x, x, x}; }
+MEDUSA_INLINE I zero_i() { return {}; }
+MEDUSA_INLINE I splat_i(const void* p) {
+  int32_t x;
+  __builtin_memcpy(&x, p, 4);
+  const S4 v = splat_s4(x);
+  return {{v, v, v, v}};
+}
+MEDUSA_INLINE V to_float(I x) {
+  return {__builtin_convertvector(x.part[0], F4), __builtin_convertvector(x.part[1], F4),
+          __builtin_convertvector(x.part[2], F4), __builtin_convertvector(x.part[3], F4)};
+}
+MEDUSA_INLINE V widen_bytes(const uint8_t* p) {
+  float x[kLanes];
+  for (int i = 0; i < kLanes; ++i) x[i] = p[i];
+  return load(x);
+}
+MEDUSA_INLINE Bytes load_bytes(const uint8_t* p) {
+  Bytes bytes;
+  for (int i = 0; i < 4; ++i) {
+    U4 words;
+    __builtin_memcpy(&words, p + 16 * i, 16);
+    bytes.even[i] = (S8)(words & 0x00ff00ffu);
+    bytes.odd[i] = (S8)(words >> 8 & 0x00ff00ffu);
+  }
+  return bytes;
+}
+MEDUSA_INLINE Bytes splat_quad(const uint8_t* p) {  // signed, unlike load_bytes
+  int8_t x[4];
+  __builtin_memcpy(x, p, 4);
+  Bytes bytes;
+  for (int i = 0; i < 4; ++i) {
+    bytes.even[i] = S8{x[0], x[2], x[0], x[2], x[0], x[2], x[0], x[2]};
+    bytes.odd[i] = S8{x[1], x[3], x[1], x[3], x[1], x[3], x[1], x[3]};
+  }
+  return bytes;
+}
+MEDUSA_INLINE Bytes low_nibbles(Bytes x) {
+  for (int i = 0; i < 4; ++i) {
+    x.even[i] &= 15;
+    x.odd[i] &= 15;
+  }
+  return x;
+}
+MEDUSA_INLINE Bytes high_nibbles(Bytes x) {
+  for (int i = 0; i < 4; ++i) {
+    x.even[i] >>= 4;
+    x.odd[i] >>= 4;
+  }
+  return x;
+}
+MEDUSA_INLINE S4 sum_of_pairs(S8 x) { return ((S4)x << 16 >> 16) + ((S4)x >> 16); }
+// sum + the four products of each lane, each of which fits 16 bits: w from 0 to 255, x from -127 to
+// 127.
+MEDUSA_INLINE I dot_small(I sum, Bytes w, Bytes x) {
+  for (int i = 0; i < 4; ++i) {
+    sum.part[i] += sum_of_pairs(w.even[i] * x.even[i]) + sum_of_pairs(w.odd[i] * x.odd[i]);
+  }
+  return sum;
+}
+// sum + the products with w - 128; kDotTakesUnsigned: with w, and sum starts 128 times x less.
+constexpr bool kDotTakesUnsigned = true;
+MEDUSA_INLINE I dot_offset_128(I sum, Bytes w, Bytes x) { return dot_small(sum, w, x); }
+// The bits of the greatest |lane|; a NaN is greater than all.
+MEDUSA_INLINE uint32_t greatest_magnitude_bits(V a, V b) {
+  uint32_t most = 0;
+  const V both[] = {a, b};
+  for (const V& v : both) {
+    float x[kLanes];
+    store(x, v);
+    for (const float lane : x) {
+      const uint32_t bits = bits_of(lane) & 0x7fffffffu;
+      most = bits > most ? bits : most;
+    }
+  }
+  return most;
+}
+// The low byte of each lane.
+MEDUSA_INLINE void store_low_bytes(int8_t* p, V v) {
+  float x[kLanes];
+  store(x, v);
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(bits_of(x[i]) & 255);
+}
 
 }  // namespace medusa::cpu::MEDUSA_ISA

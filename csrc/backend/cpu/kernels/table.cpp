@@ -10,6 +10,8 @@
 namespace medusa::cpu {
 namespace MEDUSA_ISA {
 
+int tile_rows(DType);
+int64_t arranged_bytes(DType, int64_t);
 void arrange_rows(DType, const void*, int64_t, int64_t, void*);
 void linear(const LinearTask&);
 void attention(const AttentionTile&);
@@ -27,6 +29,8 @@ void convert(const void*, DType, void*, DType, int64_t);
 const Kernels& MEDUSA_JOIN(kernels_, MEDUSA_ISA)() {
   static constexpr Kernels kTable{
       .name = MEDUSA_TEXT(MEDUSA_ISA),
+      .tile_rows = MEDUSA_ISA::tile_rows,
+      .arranged_bytes = MEDUSA_ISA::arranged_bytes,
       .arrange_rows = MEDUSA_ISA::arrange_rows,
       .linear = MEDUSA_ISA::linear,
       .attention = MEDUSA_ISA::attention,

@@ -1,0 +1,301 @@
+// linear for weights in blocks: out [R, N] = (accumulate ? out : 0) + (x [R, K] W^T + bias).
+//
+//   sum = 0;  for each group g of 32 inputs, rising:
+//     sum = fma(float(sum over k in g of q_w q_x), scale_w[g] scale_x[g], sum)
+//     sum = fma(minimum_w[g], scale_x[g] (sum over k in g of q_x), sum)      (q4_1, q4_k)
+//
+// Shapes    W as block_layout.h says; x [R, K] f32, rounded to 8 bits a value with one scale for
+//           each 32 of a row (x = scale q, |q| <= 127), each tile of rows interleaved:
+//           [K / 32] of { i8 [8][M][4], f32 scale [M], aux [M] }
+// Traffic   1.06 (q8_0), 0.56 (q4_0, q4_k), 0.625 (q4_1) N K bytes once for every 120 rows;
+//           2 R N K operations in integers and 2 to 4 R N K / 32 in f32.
+//           SmolLM2-135M as its GGUF has it, 1 row: 98 MB a pass
+// Bits      integers are exact, so only the order of the groups counts: one order for every (row,
+//           output), whatever M is. |sum over a group| <= 32 * 255 * 127 < 2^24 converts exactly.
+// SPDX-License-Identifier: Apache-2.0
+#include "backend/cpu/kernels/block_layout.h"
+#include "backend/cpu/kernels/kernels.h"
+#include "backend/cpu/kernels/simd.h"
+
+namespace medusa::cpu::MEDUSA_ISA {
+namespace {
+
+// Rows of one register tile: a sum in integers and one in f32 for each, and both halves of the 32
+// outputs at once while there is room.
+#if defined(MEDUSA_SIMD_AVX512)
+constexpr int kMaxRows = 12, kWideRows = 6;
+#elif defined(MEDUSA_SIMD_AVX2)
+constexpr int kMaxRows = 3, kWideRows = 0;
+#else
+constexpr int kMaxRows = 2, kWideRows = 0;
+#endif
+constexpr int64_t kNearBytes = 6144;
+
+// Scales and minima of one group for the outputs [column, column + 16) of a tile.
+template <DType kType>
+struct Scales {
+  using Tile = BlockTile<kType>;
+  const uint8_t* tile;
+  int column;
+
+  MEDUSA_INLINE V half(const uint8_t* p) { return load(reinterpret_cast<const F16*>(p)); }
+  __attribute__((always_inline)) V scale(int group) const {
+    if constexpr (kType == DType::q4_k) {
+      return mul(half(tile + 2 * column),
+                 widen_bytes(tile + 4 * kColumns + group * kColumns + column));
+    } else {
+      return half(tile + 2 * (group * kColumns + column));
+    }
+  }
+  __attribute__((always_inline)) V minimum(int group) const {
+    if constexpr (kType == DType::q4_k) {
+      const uint8_t* minima = tile + 4 * kColumns + Tile::kGroups * kColumns;
+      const V value = mul(half(tile + 2 * kColumns + 2 * column),
+                          widen_bytes(minima + group * kColumns + column));
+      return sub(zero(), value);
+    } else {
+      return half(tile + 2 * ((Tile::kGroups + group) * kColumns + column));
+    }
+  }
+};
+
+// What a row starts a group with, so that the product may take weights as unsigned bytes.
+template <DType kType>
+MEDUSA_INLINE int32_t start_of(int32_t sum_of_x) {
+  if constexpr (kType == DType::q4_0) return -8 * sum_of_x;
+  if constexpr (kType == DType::q8_0) return kDotTakesUnsigned ? -128 * sum_of_x : 0;
+  return 0;
+}
+
+template <DType kType, bool kOdd>
+MEDUSA_INLINE Bytes load_quads(const uint8_t* p) {
+  if constexpr (!BlockTile<kType>::kNibbles) return load_bytes(p);
+  return kOdd ? high_nibbles(load_bytes(p)) : low_nibbles(load_bytes(p));
+}
+
+template <DType kType>
+MEDUSA_INLINE I dot_quads(I sum, Bytes w, Bytes x) {
+  return kType == DType::q8_0 ? dot_offset_128(sum, w, x) : dot_small(sum, w, x);
+}
+
+// One group: q points to the first quad of the wanted outputs, x to the rows' group.
+template <DType kType, int M, int C, bool kOdd>
+MEDUSA_INLINE void add_group(const Scales<kType>& scales, int group, const uint8_t* q,
+                             const uint8_t* x, V (&sum)[M][C]) {
+  const auto* x_scale = reinterpret_cast<const float*>(x + M * kGroup);
+  const uint8_t* x_aux = x + M * (kGroup + 4);
+  I dots[M][C];
+  for (int m = 0; m < M; ++m) {
+    for (int c = 0; c < C; ++c) {
+      dots[m][c] = BlockTile<kType>::kHasMinimum ? zero_i() : splat_i(x_aux + 4 * m);
+    }
+  }
+#pragma GCC unroll 8
+  for (int quad = 0; quad < kQuads; ++quad) {
+    Bytes w[C];
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+      w[c] = load_quads<kType, kOdd>(q + quad * kQuadBytes + c * 4 * kLanes);
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      const Bytes value = splat_quad(x + (quad * M + m) * 4);
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) dots[m][c] = dot_quads<kType>(dots[m][c], w[c], value);
+    }
+  }
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c) {
+    const Scales<kType> own{scales.tile, scales.column + c * kLanes};
+    const V scale = own.scale(group);
+    const V minimum = BlockTile<kType>::kHasMinimum ? own.minimum(group) : zero();
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      V value = fma(to_float(dots[m][c]), mul(scale, splat(x_scale[m])), sum[m][c]);
+      if constexpr (BlockTile<kType>::kHasMinimum) {
+        float x_sum;
+        __builtin_memcpy(&x_sum, x_aux + 4 * m, 4);
+        value = fma(minimum, splat(x_sum), value);
+      }
+      sum[m][c] = value;
+    }
+  }
+}
+
+// What to fetch while a block is worked on. Rows that pass over it once wait for memory, which is
+// fetched a little ahead; of several passes each fetches its share of the next block: of every
+// `every` pairs of groups the one that is `turn`. (Fetching past the end is harmless.)
+struct Fetch {
+  int64_t block_bytes;
+  int every, turn;
+};
+
+template <DType kType, int M>
+void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_row,
+                   int64_t first_output, Fetch fetch) {
+  using Tile = BlockTile<kType>;
+  constexpr int C = M <= kWideRows ? 2 : 1;
+  constexpr int kParts = kColumns / (C * kLanes);
+  const int64_t padded = (task.num_inputs + kRowPadding - 1) / kRowPadding * kRowPadding;
+  const int64_t num_tiles = (task.num_inputs + Tile::kInputs - 1) / Tile::kInputs;
+  const auto* rows =
+      static_cast<const uint8_t*>(task.x) + first_row * padded / kGroup * kXGroupBytes;
+  fetch.every *= kParts;
+  fetch.turn *= kParts;
+  const int64_t ahead = fetch.every == 1 ? kNearBytes : fetch.block_bytes;
+  for (int part = 0; part < kParts; ++part, ++fetch.turn) {
+    const int column = part * C * kLanes;
+    V sum[M][C];
+    for (int m = 0; m < M; ++m) {
+      for (int c = 0; c < C; ++c) sum[m][c] = zero();
+    }
+    const uint8_t* x = rows;
+    const uint8_t* tile = block;
+    int wait = fetch.turn;  // pairs of groups until the next that is fetched
+    for (int64_t t = 0; t < num_tiles; ++t, tile += Tile::kBytes) {
+      const Scales<kType> scales{tile, column};
+      for (int group = 0; group < Tile::kGroups; group += 2) {
+        const uint8_t* q = tile + Tile::kScaleBytes + group * Tile::kGroupBytes;
+        if (wait == 0) {
+          constexpr int kBytes = 2 * Tile::kBytes / Tile::kGroups;
+          const uint8_t* from = tile + group / 2 * kBytes + ahead;
+#pragma GCC unroll 34
+          for (int byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+          wait = fetch.every;
+        }
+        --wait;
+        q += 4 * column;
+        add_group<kType, M, C, false>(scales, group, q, x, sum);
+        x += M * kXGroupBytes;
+        if constexpr (!Tile::kNibbles) q += Tile::kGroupBytes;
+        add_group<kType, M, C, true>(scales, group + 1, q, x, sum);
+        x += M * kXGroupBytes;
+      }
+    }
+    for (int c = 0; c < C; ++c) {
+      const int64_t output = first_output + column + c * kLanes;
+      const int64_t valid = task.num_outputs - output;
+      if (valid <= 0) break;
+      const V bias = task.bias != nullptr ? load_some(task.bias + output, valid) : zero();
+      for (int m = 0; m < M; ++m) {
+        float* out = task.out + (first_row + m) * task.num_outputs + output;
+        V value = add(sum[m][c], bias);
+        if (task.accumulate) value = add(load_some(out, valid), value);
+        store_some(out, value, valid);
+      }
+    }
+  }
+}
+
+template <DType kType>
+void linear_of(const LinearTask& task) {
+  using Tile = BlockTile<kType>;
+  using RowsOfBlock = void (*)(const LinearTask&, const uint8_t*, int64_t, int64_t, Fetch);
+  static constexpr RowsOfBlock kByRows[] = {
+      nullptr,
+      rows_of_block<kType, 1>,
+      rows_of_block<kType, 2>,
+#if defined(MEDUSA_SIMD_AVX2)
+      rows_of_block<kType, 3>,
+#endif
+#if defined(MEDUSA_SIMD_AVX512)
+      rows_of_block<kType, 4>,
+      rows_of_block<kType, 5>,
+      rows_of_block<kType, 6>,
+      rows_of_block<kType, 7>,
+      rows_of_block<kType, 8>,
+      rows_of_block<kType, 9>,
+      rows_of_block<kType, 10>,
+      rows_of_block<kType, 11>,
+      rows_of_block<kType, 12>,
+#endif
+  };
+  static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kMaxRows + 1);
+  const int64_t block_bytes = (task.num_inputs + Tile::kInputs - 1) / Tile::kInputs * Tile::kBytes;
+  const int64_t num_tiles = (task.num_rows + kMaxRows - 1) / kMaxRows;
+  const auto* weight = static_cast<const uint8_t*>(task.weight);
+  for (int64_t block = task.first_block; block < task.last_block; ++block) {
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {  // nearly equal: 13 rows are 6 and 7
+      const int64_t first = task.num_rows * tile / num_tiles;
+      const int64_t last = task.num_rows * (tile + 1) / num_tiles;
+      const Fetch fetch{block_bytes, static_cast<int>(num_tiles), static_cast<int>(tile)};
+      kByRows[last - first](task, weight + block * block_bytes, first, block * kColumns, fetch);
+    }
+  }
+}
+
+// The 32 values at x (fewer where the row ends) as 8-bit integers and a scale.
+struct XGroup {
+  int8_t q[kGroup];
+  float scale;
+  int32_t sum;
+};
+
+XGroup quantise(const float* x, int64_t valid) {
+  constexpr float kTiny = 1e-35f;  // 127 / kTiny is finite; a group below it is zero
+  const V a = load_some(x, valid < kLanes ? valid : kLanes);
+  const V b = valid > kLanes ? load_some(x + kLanes, valid - kLanes) : zero();
+  XGroup group;
+  // Of bits, so that infinity and NaN come out and show in the scale.
+  const float most = float_of(greatest_magnitude_bits(a, b));
+  const bool tiny = most < kTiny;
+  const V inverse = splat(tiny ? 0.0f : 127.0f / most), shift = splat(12582912.0f);  // 1.5 * 2^23
+  const V low = add(mul(a, inverse), shift), high = add(mul(b, inverse), shift);
+  store_low_bytes(group.q, low);
+  store_low_bytes(group.q + kLanes, high);
+  group.scale = tiny ? 0.0f : most / 127.0f;
+  int32_t sum = 0;
+  for (const int8_t q : group.q) sum += q;
+  group.sum = sum;
+  return group;
+}
+
+template <DType kType>
+void arrange_of(const float* x, int64_t num_rows, int64_t num_inputs, uint8_t* out) {
+  for (int64_t m = 0; m < num_rows; ++m) {
+    uint8_t* to = out;
+    const int64_t padded = (num_inputs + kRowPadding - 1) / kRowPadding * kRowPadding;
+    for (int64_t k = 0; k < padded; k += kGroup, to += num_rows * kXGroupBytes) {
+      const int64_t valid = num_inputs - k < kGroup ? num_inputs - k : kGroup;
+      const XGroup group = quantise(x + m * num_inputs + k, valid > 0 ? valid : 0);
+      for (int quad = 0; quad < kQuads; ++quad) {
+        __builtin_memcpy(to + (quad * num_rows + m) * 4, group.q + 4 * quad, 4);
+      }
+      __builtin_memcpy(to + num_rows * kGroup + 4 * m, &group.scale, 4);
+      uint8_t* aux = to + num_rows * (kGroup + 4) + 4 * m;
+      if constexpr (BlockTile<kType>::kHasMinimum) {
+        const float sum = group.scale * static_cast<float>(group.sum);
+        __builtin_memcpy(aux, &sum, 4);
+      } else {
+        const int32_t start = start_of<kType>(group.sum);
+        __builtin_memcpy(aux, &start, 4);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int block_tile_rows() { return kMaxRows; }
+
+int64_t arranged_block_bytes(int64_t num_inputs) {
+  return (num_inputs + kRowPadding - 1) / kRowPadding * kRowPadding / kGroup * kXGroupBytes;
+}
+
+void arrange_block_rows(DType dtype, const float* x, int64_t num_rows, int64_t num_inputs,
+                        void* out) {
+  auto* bytes = static_cast<uint8_t*>(out);
+  if (dtype == DType::q8_0) return arrange_of<DType::q8_0>(x, num_rows, num_inputs, bytes);
+  if (dtype == DType::q4_0) return arrange_of<DType::q4_0>(x, num_rows, num_inputs, bytes);
+  if (dtype == DType::q4_1) return arrange_of<DType::q4_1>(x, num_rows, num_inputs, bytes);
+  arrange_of<DType::q4_k>(x, num_rows, num_inputs, bytes);
+}
+
+void block_linear(const LinearTask& task) {
+  if (task.dtype == DType::q8_0) return linear_of<DType::q8_0>(task);
+  if (task.dtype == DType::q4_0) return linear_of<DType::q4_0>(task);
+  if (task.dtype == DType::q4_1) return linear_of<DType::q4_1>(task);
+  linear_of<DType::q4_k>(task);
+}
+
+}  // namespace medusa::cpu::MEDUSA_ISA
