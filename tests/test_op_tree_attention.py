@@ -365,9 +365,9 @@ def test_bits_do_not_depend_on_the_size_of_the_step(backend: _core.Backend, dtyp
 @pytest.mark.parametrize("window", [0, 900])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_context(backend: _core.Backend, dtype: str, window: int) -> None:
-    """A context that a device cuts into several splits, in one step with a short one."""
+    """A context that is cut into several parts, in one step with a short one that alone is not."""
     rng = np.random.default_rng(14)
-    case = PagedCase(backend, [1600, 140], 1, 2, 1, 16, dtype)
+    case = PagedCase(backend, [1600, 140], 1, 6, 2, 40, dtype)
     length = 1530
     case.write(prompt_rows(0, 0, length), *random_qkv(rng, case, length)[1:])
     case.write(prompt_rows(1, 0, 120), *random_qkv(rng, case, 120)[1:])

@@ -5,7 +5,8 @@
 //
 // Shapes    K block of a (page, head) [D/2][64][2] bf16 or [D][64] f16 | f32: a lane is a key
 //           V block [64][D]
-// Traffic   K and V of the visible pages once for every tile; 4 D flops for each (query, key)
+// Traffic   K and V of the visible pages once for every tile; 4 D flops for each (query, key). The
+//           parts may be shared out: scores by pages, the weighted sum by columns of V
 // Bits      Everything depends on (query position, key position) alone. A score is one lane of
 //           dot_block. Scores lie by logical position: slots below prefix_len are their own,
 //           ancestors move down to prefix_len + rank. The sum of weights takes lane p mod 16 from
@@ -40,14 +41,19 @@ MEDUSA_INLINE void with_constant(int n, F f) {
   f.template operator()<kMax>();
 }
 
-// Scores of `count` queries against one K block, unscaled: out[m * stride + key].
+// Scores of M queries against one K block, unscaled: out[m * stride + key]. The block at `next` is
+// fetched meanwhile.
 template <class T, int M>
-void score_page(const T* keys, const typename Operand<T>::X* q, int D, float* out, int64_t stride) {
+void score_page(const T* keys, const T* next, const typename Operand<T>::X* q, int D, float* out,
+                int64_t stride) {
   constexpr int C = kScoreVectors;
   constexpr int kStep = Operand<T>::kStep;
+  constexpr int64_t kStepBytes = C * kLanes * kStep * static_cast<int64_t>(sizeof(T));
   for (int key = 0; key < kPage; key += C * kLanes) {
     V sum[M][C];
-    dot_block<T, M, C, false>(keys + key * kStep, kPage * kStep, q, D, sum);
+    const char* fetched =
+        reinterpret_cast<const char*>(next) + key / kLanes / C * (D / kStep) * kStepBytes;
+    dot_block<T, M, C, true>(keys + key * kStep, kPage * kStep, q, D, sum, fetched, kStepBytes);
     for (int m = 0; m < M; ++m) {
       for (int c = 0; c < C; ++c) store(out + m * stride + key + c * kLanes, sum[m][c]);
     }
@@ -55,18 +61,20 @@ void score_page(const T* keys, const typename Operand<T>::X* q, int D, float* ou
 }
 
 // sum[m][0..16 C) += weights[m * stride + i] * values[i * D + 0..16 C) for i in [0, count). The
-// last vector may be partial: it holds `tail` lanes, 16 if it is whole.
+// last vector may be partial: it holds `tail` lanes, 16 if it is whole. The same rows at `next` are
+// fetched meanwhile.
 template <class T, int M, int C, bool kWhole>
-void add_values(const T* values, int D, int count, const float* weights, int64_t stride, float* sum,
-                int64_t sum_stride, int64_t tail) {
+void add_values(const T* values, const T* next, int D, int count, const float* weights,
+                int64_t stride, float* sum, int64_t sum_stride, int64_t tail) {
   V total[M][C];
   for (int m = 0; m < M; ++m) {
     for (int c = 0; c < C; ++c) total[m][c] = load(sum + m * sum_stride + c * kLanes);
   }
-  for (int i = 0; i < count; ++i, values += D) {
+  for (int i = 0; i < count; ++i, values += D, next += D) {
     V value[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
+      if (c * kLanes * sizeof(T) % 64 == 0) __builtin_prefetch(next + c * kLanes, 0, 2);
       value[c] =
           kWhole || c + 1 < C ? load(values + c * kLanes) : load_some(values + c * kLanes, tail);
     }
@@ -82,39 +90,56 @@ void add_values(const T* values, int D, int count, const float* weights, int64_t
   }
 }
 
-// The same over all of D, for num_queries queries.
+// Columns [first, last) of the weighted sum.
+struct Columns {
+  int first, last;
+};
+
+// The same for num_queries queries and some columns, of which only the last of all D may leave a
+// vector unfilled.
 template <class T>
-void add_slots(const T* values, int D, int count, const float* weights, int64_t stride, float* sum,
-               int64_t sum_stride, int num_queries) {
+void add_slots(const T* values, const T* next, int D, Columns columns, int count,
+               const float* weights, int64_t stride, float* sum, int64_t sum_stride,
+               int num_queries) {
   for (int query = 0; query < num_queries; query += kValueQueries) {
     const int m = num_queries - query < kValueQueries ? num_queries - query : kValueQueries;
     with_constant<kValueQueries>(m, [&]<int M>() {
       const float* w = weights + query * stride;
       float* s = sum + query * sum_stride;
-      int d = 0;
-      for (; d + kValueVectors * kLanes <= D; d += kValueVectors * kLanes) {
-        add_values<T, M, kValueVectors, true>(values + d, D, count, w, stride, s + d, sum_stride,
-                                              kLanes);
+      const int end = columns.last;
+      int d = columns.first;
+      for (; d + kValueVectors * kLanes <= end; d += kValueVectors * kLanes) {
+        add_values<T, M, kValueVectors, true>(values + d, next + d, D, count, w, stride, s + d,
+                                              sum_stride, kLanes);
       }
-      for (; d + kLanes <= D; d += kLanes) {
-        add_values<T, M, 1, true>(values + d, D, count, w, stride, s + d, sum_stride, kLanes);
+      constexpr int kHalf = kValueVectors > 1 ? kValueVectors / 2 : 1;
+      for (; d + kHalf * kLanes <= end; d += kHalf * kLanes) {
+        add_values<T, M, kHalf, true>(values + d, next + d, D, count, w, stride, s + d, sum_stride,
+                                      kLanes);
       }
-      if (d < D)
-        add_values<T, M, 1, false>(values + d, D, count, w, stride, s + d, sum_stride, D - d);
+      for (; d + kLanes <= end; d += kLanes) {
+        add_values<T, M, 1, true>(values + d, next + d, D, count, w, stride, s + d, sum_stride,
+                                  kLanes);
+      }
+      if (d < end) {
+        add_values<T, M, 1, false>(values + d, next + d, D, count, w, stride, s + d, sum_stride,
+                                   end - d);
+      }
     });
   }
 }
 
 // Positions [first, last) of the prefix, where slot and position are one.
 template <class T>
-void add_prefix(const AttentionTile& tile, int first, int last, const float* weights, float* sum,
-                int64_t sum_stride, int num_queries) {
+void add_prefix(const AttentionTile& tile, Columns columns, int first, int last,
+                const float* weights, float* sum, int64_t sum_stride, int num_queries) {
   while (first < last) {
     const int page = first / kPage, end = (page + 1) * kPage < last ? (page + 1) * kPage : last;
-    const T* values =
-        static_cast<const T*>(tile.v_pages[page]) + int64_t{first % kPage} * tile.head_dim;
-    add_slots(values, tile.head_dim, end - first, weights + first, tile.score_stride, sum,
-              sum_stride, num_queries);
+    const int64_t offset = int64_t{first % kPage} * tile.head_dim;
+    const auto* block = static_cast<const T*>(tile.v_pages[page]);
+    const auto* next = end < last ? static_cast<const T*>(tile.v_pages[page + 1]) : block;
+    add_slots(block + offset, next + offset, tile.head_dim, columns, end - first, weights + first,
+              tile.score_stride, sum, sum_stride, num_queries);
     first = end;
   }
 }
@@ -160,41 +185,44 @@ MEDUSA_INLINE void for_each_ancestor(const uint64_t* words, F f) {
 }
 
 template <class T>
-void attention_of(const AttentionTile& tile) {
+void arrange_of(const AttentionTile& tile) {
   using X = typename Operand<T>::X;
   const int D = tile.head_dim, n = tile.num_queries;
-  const int64_t sum_stride = (D + kLanes - 1) / kLanes * kLanes;
-  X* q = static_cast<X*>(tile.queries);
   for (int i = 0; i < n; i += kScoreQueries) {
     const int m = n - i < kScoreQueries ? n - i : kScoreQueries;
     interleave<X, Operand<T>::kStep>([&](int query) { return tile.q[i + query]; }, m, D,
-                                     q + int64_t{i} * D);
+                                     static_cast<X*>(tile.queries) + int64_t{i} * D);
   }
+}
 
-  // Scores by slot, then ancestors down to their logical positions: rank <= bit, so none is
-  // overwritten before it moves.
-  for (int page = 0; page < tile.num_pages; ++page) {
+// By slot.
+template <class T>
+void scores_of(const AttentionTile& tile, int first_page, int last_page) {
+  using X = typename Operand<T>::X;
+  const int D = tile.head_dim, n = tile.num_queries;
+  const auto* q = static_cast<const X*>(tile.queries);
+  for (int page = first_page; page < last_page; ++page) {
     if (tile.k_pages[page] == nullptr) continue;
+    const auto* keys = static_cast<const T*>(tile.k_pages[page]);
+    const bool more = page + 1 < tile.num_pages && tile.k_pages[page + 1] != nullptr;
+    const auto* next = more ? static_cast<const T*>(tile.k_pages[page + 1]) : keys;
     for (int i = 0; i < n; i += kScoreQueries) {
       const int m = n - i < kScoreQueries ? n - i : kScoreQueries;
       float* scores = tile.scores + i * tile.score_stride + int64_t{page} * kPage;
       with_constant<kScoreQueries>(m, [&]<int M>() {
-        score_page<T, M>(static_cast<const T*>(tile.k_pages[page]), q + int64_t{i} * D, D, scores,
-                         tile.score_stride);
+        score_page<T, M>(keys, next, q + int64_t{i} * D, D, scores, tile.score_stride);
       });
     }
   }
-  float total[kTileQueries];
-  for (int i = 0; i < n; ++i) {
-    float* scores = tile.scores + i * tile.score_stride;
-    float* tree = scores + tile.prefix_len[i];
-    for_each_ancestor(tile.ancestors[i], [&](int rank, int bit) { tree[rank] = tree[bit]; });
-    total[i] = softmax(scores, tile.first[i], tile.position[i], tile.scale);
-  }
+}
 
-  // The weighted sum: positions that all queries see in the prefix together, what lies before and
-  // behind one by one.
+template <class T>
+void values_of(const AttentionTile& tile, Columns columns) {
+  const int D = tile.head_dim, n = tile.num_queries;
+  const int64_t sum_stride = (D + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = 0; i < n * sum_stride; ++i) tile.values[i] = 0.0f;
+
+  // Positions that all queries see in the prefix together, what lies before and behind one by one.
   int common_first = 0, common_last = tile.prefix_len[0];
   for (int i = 0; i < n; ++i) {
     if (tile.first[i] > common_first) common_first = tile.first[i];
@@ -203,30 +231,35 @@ void attention_of(const AttentionTile& tile) {
   const bool shared = common_first < common_last;
   for (int i = 0; i < n; ++i) {
     const int last = shared ? common_first : tile.prefix_len[i];
-    add_prefix<T>(tile, tile.first[i], last, tile.scores + i * tile.score_stride,
+    add_prefix<T>(tile, columns, tile.first[i], last, tile.scores + i * tile.score_stride,
                   tile.values + i * sum_stride, sum_stride, 1);
   }
-  if (shared)
-    add_prefix<T>(tile, common_first, common_last, tile.scores, tile.values, sum_stride, n);
+  if (shared) {
+    add_prefix<T>(tile, columns, common_first, common_last, tile.scores, tile.values, sum_stride,
+                  n);
+  }
   for (int i = 0; i < n; ++i) {
     const float* weights = tile.scores + i * tile.score_stride;
     float* sum = tile.values + i * sum_stride;
-    if (shared) add_prefix<T>(tile, common_last, tile.prefix_len[i], weights, sum, sum_stride, 1);
+    if (shared) {
+      add_prefix<T>(tile, columns, common_last, tile.prefix_len[i], weights, sum, sum_stride, 1);
+    }
     for_each_ancestor(tile.ancestors[i], [&](int rank, int bit) {
       const int position = tile.prefix_len[i] + rank, slot = tile.prefix_len[i] + bit;
       if (position < tile.first[i]) return;
       const T* values =
           static_cast<const T*>(tile.v_pages[slot / kPage]) + int64_t{slot % kPage} * D;
-      add_slots(values, D, 1, weights + position, tile.score_stride, sum, sum_stride, 1);
+      add_slots(values, values, D, columns, 1, weights + position, tile.score_stride, sum,
+                sum_stride, 1);
     });
 
-    const V inverse = splat(1.0f / total[i]);
-    for (int d = 0; d < D; d += kLanes) {
+    const V inverse = splat(1.0f / tile.totals[i]);
+    for (int d = columns.first; d < columns.last; d += kLanes) {
       const V value = mul(load(sum + d), inverse);
       if (tile.out_bf16) {
-        store_some(static_cast<Bf16*>(tile.out[i]) + d, value, D - d);
+        store_some(static_cast<Bf16*>(tile.out[i]) + d, value, columns.last - d);
       } else {
-        store_some(static_cast<float*>(tile.out[i]) + d, value, D - d);
+        store_some(static_cast<float*>(tile.out[i]) + d, value, columns.last - d);
       }
     }
   }
@@ -234,10 +267,34 @@ void attention_of(const AttentionTile& tile) {
 
 }  // namespace
 
-void attention(const AttentionTile& tile) {
-  if (tile.dtype == DType::bf16) return attention_of<Bf16>(tile);
-  if (tile.dtype == DType::f16) return attention_of<F16>(tile);
-  attention_of<float>(tile);
+void attention_arrange(const AttentionTile& tile) {
+  if (tile.dtype == DType::bf16) return arrange_of<Bf16>(tile);
+  if (tile.dtype == DType::f16) return arrange_of<F16>(tile);
+  arrange_of<float>(tile);
+}
+
+void attention_scores(const AttentionTile& tile, int first_page, int last_page) {
+  if (tile.dtype == DType::bf16) return scores_of<Bf16>(tile, first_page, last_page);
+  if (tile.dtype == DType::f16) return scores_of<F16>(tile, first_page, last_page);
+  scores_of<float>(tile, first_page, last_page);
+}
+
+// Ancestors go down to their logical positions first: rank <= bit, so none is overwritten before it
+// moves.
+void attention_softmax(const AttentionTile& tile) {
+  for (int i = 0; i < tile.num_queries; ++i) {
+    float* scores = tile.scores + i * tile.score_stride;
+    float* tree = scores + tile.prefix_len[i];
+    for_each_ancestor(tile.ancestors[i], [&](int rank, int bit) { tree[rank] = tree[bit]; });
+    tile.totals[i] = softmax(scores, tile.first[i], tile.position[i], tile.scale);
+  }
+}
+
+void attention_values(const AttentionTile& tile, int first_column, int last_column) {
+  const Columns columns{first_column, last_column};
+  if (tile.dtype == DType::bf16) return values_of<Bf16>(tile, columns);
+  if (tile.dtype == DType::f16) return values_of<F16>(tile, columns);
+  values_of<float>(tile, columns);
 }
 
 }  // namespace medusa::cpu::MEDUSA_ISA

@@ -46,6 +46,7 @@ struct AttentionTile {
   int num_pages;
   float* scores;         // scratch [num_queries][score_stride]
   int64_t score_stride;  // >= num_pages * 64
+  float* totals;         // scratch [num_queries]: sums of the weights
   float* values;         // scratch [num_queries][D rounded up to 16]
   void* queries;         // scratch [num_queries][D] of q's type
 };
@@ -59,7 +60,12 @@ struct Kernels {
   void (*arrange_rows)(DType weight_dtype, const void* x, int64_t num_rows, int64_t num_inputs,
                        void* out);
   void (*linear)(const LinearTask& task);
-  void (*attention)(const AttentionTile& tile);
+  // Attention of a tile, in this order: queries laid out, scores of pages, weights from all the
+  // scores, and columns of the output from all the weights. Columns are cut at multiples of 16.
+  void (*attention_arrange)(const AttentionTile& tile);
+  void (*attention_scores)(const AttentionTile& tile, int first_page, int last_page);
+  void (*attention_softmax)(const AttentionTile& tile);
+  void (*attention_values)(const AttentionTile& tile, int first_column, int last_column);
   // One row each. out is bf16 if out_bf16, else f32.
   void (*rms_norm)(const float* x, const float* gain, float eps, int64_t d, void* out,
                    bool out_bf16);

@@ -14,7 +14,10 @@ int tile_rows(DType);
 int64_t arranged_bytes(DType, int64_t);
 void arrange_rows(DType, const void*, int64_t, int64_t, void*);
 void linear(const LinearTask&);
-void attention(const AttentionTile&);
+void attention_arrange(const AttentionTile&);
+void attention_scores(const AttentionTile&, int, int);
+void attention_softmax(const AttentionTile&);
+void attention_values(const AttentionTile&, int, int);
 void rms_norm(const float*, const float*, float, int64_t, void*, bool);
 void silu_gate(const float*, const float*, int64_t, void*, bool);
 void gelu_gate(const float*, const float*, int64_t, void*, bool);
@@ -33,7 +36,10 @@ const Kernels& MEDUSA_JOIN(kernels_, MEDUSA_ISA)() {
       .arranged_bytes = MEDUSA_ISA::arranged_bytes,
       .arrange_rows = MEDUSA_ISA::arrange_rows,
       .linear = MEDUSA_ISA::linear,
-      .attention = MEDUSA_ISA::attention,
+      .attention_arrange = MEDUSA_ISA::attention_arrange,
+      .attention_scores = MEDUSA_ISA::attention_scores,
+      .attention_softmax = MEDUSA_ISA::attention_softmax,
+      .attention_values = MEDUSA_ISA::attention_values,
       .rms_norm = MEDUSA_ISA::rms_norm,
       .silu_gate = MEDUSA_ISA::silu_gate,
       .gelu_gate = MEDUSA_ISA::gelu_gate,
