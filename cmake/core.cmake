@@ -36,6 +36,7 @@ set(medusa_core_sources
 set(medusa_kernel_sources
     csrc/backend/cpu/kernels/attention.cpp
     csrc/backend/cpu/kernels/block_linear.cpp
+    csrc/backend/cpu/kernels/choose.cpp
     csrc/backend/cpu/kernels/linear.cpp
     csrc/backend/cpu/kernels/row_ops.cpp
     csrc/backend/cpu/kernels/table.cpp

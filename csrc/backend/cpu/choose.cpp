@@ -23,91 +23,167 @@ namespace medusa::cpu {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
+static_assert(kGreatestNoise == kMaxGumbel);
 
-// Lowest id of the greatest value; NaN never wins.
-int32_t argmax(const float* values, int64_t n) {
-  int64_t best = 0;
-  float best_value = kLowest;
-  constexpr int64_t kBlock = 256, kMaxima = 16;
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t end = std::min(n, start + kBlock);
-    // The maximum first, in lanes of their own so that it vectorises: few blocks hold a new best.
-    float maxima[kMaxima];
-    std::fill(maxima, maxima + kMaxima, kLowest);
-    int64_t i = start;
-    for (; i + kMaxima <= end; i += kMaxima) {
-      for (int64_t lane = 0; lane < kMaxima; ++lane) {
-        maxima[lane] = values[i + lane] > maxima[lane] ? values[i + lane] : maxima[lane];
-      }
-    }
-    for (; i < end; ++i) maxima[0] = values[i] > maxima[0] ? values[i] : maxima[0];
-    const float block_max = *std::max_element(maxima, maxima + kMaxima);
-    if (!(block_max > best_value)) continue;
-    best_value = block_max;
-    best = start;
-    while (values[best] != block_max) ++best;
+// Up to which (score, id) ids are kept, in the order score descending, id ascending.
+struct Border {
+  float score = kLowest;
+  int32_t id = std::numeric_limits<int32_t>::max();
+  bool keeps(float other, int32_t other_id) const {
+    return other > score || (other == score && other_id <= id);
   }
-  return static_cast<int32_t>(best);
-}
-
-// (value descending, id ascending); NaN last.
-struct ByScore {
-  const float* scores;
-  float key(int32_t id) const {
-    const float value = scores[id];
-    return value == value ? value : kLowest;
-  }
-  bool operator()(int32_t a, int32_t b) const { return key(a) != key(b) ? key(a) > key(b) : a < b; }
 };
 
-uint64_t mass_of(float score, float max_score) {
-  return static_cast<uint64_t>(std::llrint(double{exp_f32(score - max_score)} * 4294967296.0));
+// Finds the border among scratch.candidates: an id is kept while the mass strictly before it is
+// below `limit`, which the sum of all masses reaches.
+class BorderSearch {
+ public:
+  BorderSearch(float max_score, double limit, ChooseScratch& scratch)
+      : max_score_(max_score), limit_(limit), scratch_(scratch) {}
+
+  Border find() {
+    const int bin = find_bin();
+    std::vector<int32_t>& order = scratch_.order;
+    order.clear();
+    for (size_t i = 0; i < scratch_.candidates.size(); ++i) {
+      if (bin_of(scratch_.candidates[i]) == bin) order.push_back(static_cast<int32_t>(i));
+    }
+    return split(order);
+  }
+
+ private:
+  // Equal steps down from the greatest; the last holds all that is far below.
+  static constexpr int kBins = 2048;
+  static constexpr float kBinsPerUnit = 64.0f;
+
+  int bin_of(float score) const {
+    return static_cast<int>(std::min((max_score_ - score) * kBinsPerUnit, float{kBins - 1}));
+  }
+
+  // The bin that holds the border; before_ becomes the mass of those above.
+  int find_bin() {
+    std::vector<uint64_t>& histogram = scratch_.histogram;
+    histogram.assign(kBins, 0);
+    for (size_t i = 0; i < scratch_.candidates.size(); ++i) {
+      histogram[static_cast<size_t>(bin_of(scratch_.candidates[i]))] += scratch_.masses[i];
+    }
+    int bin = 0;
+    while (bin + 1 < kBins && reaches_no_limit(histogram[static_cast<size_t>(bin)])) {
+      before_ += histogram[static_cast<size_t>(bin++)];
+    }
+    return bin;
+  }
+
+  bool reaches_no_limit(uint64_t mass) const {
+    return static_cast<double>(before_ + mass) < limit_;
+  }
+
+  // Halves what holds the border until one candidate is left. Of equal scores the lower place is
+  // the lower id.
+  Border split(std::vector<int32_t>& order) {
+    const auto score = [&](int32_t i) { return scratch_.candidates[static_cast<size_t>(i)]; };
+    auto first = order.begin(), last = order.end();
+    while (last - first > 1) {
+      const auto middle = first + (last - first) / 2;
+      std::nth_element(first, middle, last, [&](int32_t a, int32_t b) {
+        return score(a) != score(b) ? score(a) > score(b) : a < b;
+      });
+      uint64_t mass = 0;
+      for (auto i = first; i < middle; ++i) mass += scratch_.masses[static_cast<size_t>(*i)];
+      if (reaches_no_limit(mass)) {
+        before_ += mass;
+        first = middle;
+      } else {
+        last = middle;
+      }
+    }
+    return {score(*first), scratch_.ids[static_cast<size_t>(*first)]};
+  }
+
+  float max_score_;
+  double limit_;
+  ChooseScratch& scratch_;
+  uint64_t before_ = 0;
+};
+
+// What top-k, top-p and min-p let pass.
+struct Filter {
+  Border border;
+  double min_p = 0;
+  float max_score = 0;
+
+  bool keeps(float score, int32_t id) const {
+    return border.keeps(score, id) && (min_p <= 0.0 || double{exp_f32(score - max_score)} >= min_p);
+  }
+  // No score below it is kept.
+  float floor() const {
+    if (min_p <= 0.0) return border.score;
+    const float slack = 1e-3f + 1e-6f * std::abs(max_score);  // exp_f32 is far closer to exp
+    return std::max(border.score, max_score + static_cast<float>(std::log(min_p)) - slack);
+  }
+};
+
+// Fills scratch.ids and scratch.candidates with those whose score is not below the floor.
+void gather(const Kernels& kernels, const float* logits, int64_t vocab, float temperature,
+            float floor, ChooseScratch& scratch) {
+  const auto room = static_cast<size_t>(vocab + 16);
+  scratch.ids.resize(room);
+  scratch.candidates.resize(room);
+  const auto count = static_cast<size_t>(kernels.gather(
+      logits, vocab, temperature, floor, scratch.ids.data(), scratch.candidates.data()));
+  scratch.ids.resize(count);
+  scratch.candidates.resize(count);
 }
 
-// ids that pass top-k, top-p and min-p on the tempered scores, in scratch.ids; false: all pass.
-bool filter(const float* z, int64_t vocab, float max_score, const SamplingParams& sampling,
-            ChooseScratch& scratch) {
+Filter make_filter(const Kernels& kernels, const float* logits, int64_t vocab, float max_score,
+                   const SamplingParams& sampling, ChooseScratch& scratch) {
+  Filter filter;
+  filter.min_p = sampling.min_p;
+  filter.max_score = max_score;
   const bool by_k = sampling.top_k > 0 && sampling.top_k < vocab;
   const bool by_p = sampling.top_p < 1.0;
-  const bool by_min = sampling.min_p > 0.0;
-  if (!by_k && !by_p && !by_min) return false;
+  const auto k = static_cast<size_t>(sampling.top_k);
 
-  std::vector<int32_t>& ids = scratch.ids;
-  const ByScore order{z};
-  ids.clear();
   if (by_k) {
-    for (int64_t i = 0; i < vocab; ++i) ids.push_back(static_cast<int32_t>(i));
-    std::nth_element(ids.begin(), ids.begin() + sampling.top_k - 1, ids.end(), order);
-    ids.resize(static_cast<size_t>(sampling.top_k));
-  } else {
-    // Top-p never keeps an id of no mass: it comes after all the mass.
-    const float floor = by_p ? max_score - 23.0f : kLowest;
-    for (int64_t i = 0; i < vocab; ++i) {
-      if (z[i] >= floor) ids.push_back(static_cast<int32_t>(i));
+    // The score of the k-th logit is the k-th score: of those not below it, few are too many.
+    constexpr size_t kSorted = 256;
+    float floor = kLowest;
+    if (k <= kSorted) {
+      int32_t top_ids[kSorted];
+      float top_logits[kSorted];
+      kernels.top_k(logits, vocab, static_cast<int>(k), top_ids, top_logits);
+      floor = top_logits[k - 1] / sampling.temperature;
+    }
+    gather(kernels, logits, vocab, sampling.temperature, floor, scratch);
+    filter.border.score = floor;
+    if (scratch.ids.size() > k) {  // else all of them, for there are fewer numbers or no ties
+      scratch.masses.assign(scratch.ids.size(), 1);
+      filter.border = BorderSearch(max_score, static_cast<double>(k), scratch).find();
     }
   }
-
   if (by_p) {
-    uint64_t total = 0;
-    for (const int32_t id : ids) total += mass_of(z[id], max_score);
-    const double limit = sampling.top_p * static_cast<double>(total);
-    // A heap: the few ids that make up the mass are popped in order, the rest is never sorted.
-    const auto worse = [&](int32_t a, int32_t b) { return order(b, a); };
-    std::make_heap(ids.begin(), ids.end(), worse);
-    uint64_t before = 0;
-    size_t kept = 0;
-    while (kept < ids.size() && static_cast<double>(before) < limit) {
-      std::pop_heap(ids.begin(), ids.end() - static_cast<int64_t>(kept), worse);
-      before += mass_of(z[ids[ids.size() - 1 - kept]], max_score);
-      ++kept;
+    if (by_k) {
+      size_t kept = 0;
+      for (size_t i = 0; i < scratch.ids.size(); ++i) {
+        if (!filter.border.keeps(scratch.candidates[i], scratch.ids[i])) continue;
+        scratch.candidates[kept] = scratch.candidates[i];
+        scratch.ids[kept++] = scratch.ids[i];
+      }
+      scratch.candidates.resize(kept);
+      scratch.ids.resize(kept);
+    } else {
+      // Top-p never keeps an id of no mass: it comes after all the mass.
+      gather(kernels, logits, vocab, sampling.temperature, max_score - 23.0f, scratch);
     }
-    ids.erase(ids.begin(), ids.end() - static_cast<int64_t>(kept));
+    scratch.masses.resize(scratch.ids.size());
+    kernels.masses(scratch.candidates.data(), static_cast<int64_t>(scratch.ids.size()), max_score,
+                   scratch.masses.data());
+    uint64_t total = 0;
+    for (const uint64_t mass : scratch.masses) total += mass;
+    const double limit = sampling.top_p * static_cast<double>(total);
+    filter.border = BorderSearch(max_score, limit, scratch).find();
   }
-  if (by_min) {
-    std::erase_if(
-        ids, [&](int32_t id) { return !(double{exp_f32(z[id] - max_score)} >= sampling.min_p); });
-  }
-  return true;
+  return filter;
 }
 
 // The greatest of z + G, ties to the lowest id.
@@ -121,12 +197,6 @@ struct NoisyBest {
     }
   }
 };
-
-// At least gumbel_from_bits(word), for the price of counting bits: E >= u, so G <= -log u <= (33 -
-// width) log 2.
-float gumbel_bound(uint32_t word) {
-  return static_cast<float>(33 - std::bit_width(word)) * 0.693148f + 1e-3f;
-}
 
 void penalise(std::vector<float>& scores, std::vector<uint64_t>& seen, int32_t token,
               float penalty) {
@@ -163,7 +233,7 @@ bool is_end(const VerifyItem& item, int32_t token) {
   return std::find(item.eos_ids.begin(), item.eos_ids.end(), token) != item.eos_ids.end();
 }
 
-void exact_walk(const float* logits, int64_t vocab, const VerifyItem& item,
+void exact_walk(const Kernels& kernels, const float* logits, int64_t vocab, const VerifyItem& item,
                 ChooseScratch& scratch) {
   const DraftTree& tree = *item.tree;
   Accepted& accepted = *item.accepted;
@@ -172,7 +242,7 @@ void exact_walk(const float* logits, int64_t vocab, const VerifyItem& item,
     const float* row = logits + (item.first_row + node) * vocab;
     const auto position =
         static_cast<uint32_t>(item.tokens.size()) + static_cast<uint32_t>(tree.depth(node));
-    const int32_t token = choose_token(penalised(row, vocab, item, node, scratch), vocab,
+    const int32_t token = choose_token(kernels, penalised(row, vocab, item, node, scratch), vocab,
                                        *item.sampling, position, scratch);
     check_finite(row[token], position);
     accepted.path.push_back(node);
@@ -183,12 +253,13 @@ void exact_walk(const float* logits, int64_t vocab, const VerifyItem& item,
 }
 
 // Decides which children of a node stand, and their log probabilities.
-void judge_children(const float* logits, int64_t vocab, const VerifyItem& item, int node,
-                    std::vector<double>& likelihood, ChooseScratch& scratch) {
+void judge_children(const Kernels& kernels, const float* logits, int64_t vocab,
+                    const VerifyItem& item, int node, std::vector<double>& likelihood,
+                    ChooseScratch& scratch) {
   const SamplingParams& sampling = *item.sampling;
   const DraftTree& tree = *item.tree;
   const double temperature = sampling.temperature;
-  const double max_logit = logits[argmax(logits, vocab)];
+  const double max_logit = logits[kernels.greatest(logits, vocab)];
   std::vector<double>& p = scratch.probabilities;
   p.resize(static_cast<size_t>(vocab));
   double total = 0;
@@ -211,8 +282,8 @@ void judge_children(const float* logits, int64_t vocab, const VerifyItem& item, 
   }
 }
 
-void typical_path(const float* logits, int64_t vocab, const VerifyItem& item,
-                  ChooseScratch& scratch) {
+void typical_path(const Kernels& kernels, const float* logits, int64_t vocab,
+                  const VerifyItem& item, ChooseScratch& scratch) {
   const DraftTree& tree = *item.tree;
   Accepted& accepted = *item.accepted;
   constexpr double kRejected = -std::numeric_limits<double>::infinity();
@@ -229,7 +300,8 @@ void typical_path(const float* logits, int64_t vocab, const VerifyItem& item,
     }
     if (tree.first_child(v) < 0) continue;
     const float* row = logits + (item.first_row + v) * vocab;
-    judge_children(penalised(row, vocab, item, v, scratch), vocab, item, v, likelihood, scratch);
+    judge_children(kernels, penalised(row, vocab, item, v, scratch), vocab, item, v, likelihood,
+                   scratch);
   }
 
   for (int v = best; v >= 0; v = tree.parent(v)) accepted.path.push_back(v);
@@ -238,7 +310,8 @@ void typical_path(const float* logits, int64_t vocab, const VerifyItem& item,
   for (size_t i = 1; i < accepted.path.size(); ++i) {
     accepted.tokens.push_back(tree.token(accepted.path[i]));
   }
-  const int32_t next = argmax(penalised(last, vocab, item, best, scratch), vocab);
+  const int32_t next =
+      static_cast<int32_t>(kernels.greatest(penalised(last, vocab, item, best, scratch), vocab));
   check_finite(last[next], static_cast<uint32_t>(item.tokens.size() + accepted.tokens.size()));
   accepted.tokens.push_back(next);
 
@@ -252,63 +325,49 @@ void typical_path(const float* logits, int64_t vocab, const VerifyItem& item,
 
 }  // namespace
 
-int32_t choose_token(const float* logits, int64_t vocab, const SamplingParams& sampling,
-                     uint32_t position, ChooseScratch& scratch) {
-  const int32_t top = argmax(logits, vocab);
+int32_t choose_token(const Kernels& kernels, const float* logits, int64_t vocab,
+                     const SamplingParams& sampling, uint32_t position, ChooseScratch& scratch) {
+  const auto top = static_cast<int32_t>(kernels.greatest(logits, vocab));
   if (sampling.temperature == 0.0f) return top;
-
-  // y / T, in place of the penalised copy where there is one.
-  std::vector<float>& z = scratch.scores;
-  z.resize(static_cast<size_t>(vocab));
-  for (int64_t i = 0; i < vocab; ++i) z[static_cast<size_t>(i)] = logits[i] / sampling.temperature;
-  const float max_score = z[static_cast<size_t>(top)];
+  const float max_score = logits[top] / sampling.temperature;
   if (!std::isfinite(max_score)) return top;  // an overflow must not make a tie
 
+  const Filter filter = make_filter(kernels, logits, vocab, max_score, sampling, scratch);
+  // The likeliest first: noise is bounded, so the greater the best so far, the fewer can still win.
+  // It passes every filter, or shares its score with one that does.
   NoisyBest best;
-  if (filter(z.data(), vocab, max_score, sampling, scratch)) {
-    for (const int32_t id : scratch.ids) {
-      if (std::isnan(z[static_cast<size_t>(id)])) continue;  // kept only for want of others
-      const uint32_t word =
-          noise_word(sampling.seed, sampling.sample_index, position, static_cast<uint32_t>(id));
-      best.offer(z[static_cast<size_t>(id)] + gumbel_from_bits(word), id);
-    }
-    return best.id >= 0 ? best.id : top;
-  }
-
-  // No filter: noise is bounded, so ids too far below the best so far cannot win and need none. The
-  // likeliest goes first.
-  best.offer(max_score + gumbel_from_bits(noise_word(sampling.seed, sampling.sample_index, position,
-                                                     static_cast<uint32_t>(top))),
-             top);
-  for (int64_t start = 0; start < vocab; start += 4) {
-    const int64_t end = std::min(vocab, start + 4);
-    bool possible = false;
-    for (int64_t i = start; i < end; ++i) {
-      possible |= z[static_cast<size_t>(i)] + kMaxGumbel >= best.value;
-    }
-    if (!possible) continue;
-    const Philox4 words = noise_words(sampling.seed, sampling.sample_index, position,
-                                      static_cast<uint32_t>(start / 4));
-    for (int64_t i = start; i < end; ++i) {
-      const float score = z[static_cast<size_t>(i)];
-      const uint32_t word = words.word[i - start];
-      if (score + gumbel_bound(word) < best.value || score != score) continue;
-      best.offer(score + gumbel_from_bits(word), static_cast<int32_t>(i));
+  const auto offer = [&](float score, int32_t id, uint32_t word) {
+    if (!filter.keeps(score, id)) return;
+    best.offer(score + gumbel_from_bits(word), id);
+  };
+  offer(max_score, top,
+        noise_word(sampling.seed, sampling.sample_index, position, static_cast<uint32_t>(top)));
+  const NoisyRow row{logits,         vocab,         sampling.temperature,
+                     filter.floor(), sampling.seed, sampling.sample_index,
+                     position};
+  NoisyBlock block;
+  for (int64_t start = 0;; start = block.first + NoisyBlock::kIds) {
+    kernels.noisy_block(row, start, best.value, block);
+    if (block.first >= vocab) break;
+    for (uint64_t rest = block.possible; rest != 0; rest &= rest - 1) {
+      const int lane = std::countr_zero(rest);
+      const auto id = static_cast<int32_t>(block.first + lane);
+      offer(logits[id] / sampling.temperature, id, block.words[lane]);
     }
   }
   return best.id;
 }
 
-void verify_tree(const float* logits, int64_t vocab, const VerifyItem& item,
+void verify_tree(const Kernels& kernels, const float* logits, int64_t vocab, const VerifyItem& item,
                  ChooseScratch& scratch) {
   item.accepted->path.clear();
   item.accepted->tokens.clear();
   const SamplingParams& sampling = *item.sampling;
   // At temperature 0 the typical rule is the greedy walk.
   if (sampling.acceptance == Acceptance::typical && sampling.temperature > 0.0f) {
-    typical_path(logits, vocab, item, scratch);
+    typical_path(kernels, logits, vocab, item, scratch);
   } else {
-    exact_walk(logits, vocab, item, scratch);
+    exact_walk(kernels, logits, vocab, item, scratch);
   }
 }
 

@@ -100,7 +100,8 @@ void CpuBackend::do_top_k(TensorView x, TensorView ids, TensorView values) {
 void CpuBackend::do_verify(TensorView logits, std::span<const VerifyItem> items) {
   pool_.run(static_cast<int>(items.size()), [&](int item) {
     thread_local ChooseScratch scratch;
-    verify_tree(logits.as<float>(), logits.size(1), items[static_cast<size_t>(item)], scratch);
+    const VerifyItem& one = items[static_cast<size_t>(item)];
+    verify_tree(kernels_, logits.as<float>(), logits.size(1), one, scratch);
   });
 }
 

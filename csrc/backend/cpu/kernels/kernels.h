@@ -15,6 +15,7 @@ constexpr int kColumns = 32;     // outputs of one block of a packed weight
 constexpr int kTileQueries = 8;  // (row, head) pairs of one attention tile
 constexpr int kPage = 64;        // tokens of a page of the cache
 constexpr int kMaxAncestorWords = 4;
+constexpr float kGreatestNoise = 22.89f;  // kMaxGumbel of noise.h
 
 // Blocks [first_block, last_block) of 32 outputs for rows [0, num_rows); see linear.cpp and
 // block_linear.cpp.
@@ -51,6 +52,22 @@ struct AttentionTile {
   void* queries;         // scratch [num_queries][D] of q's type
 };
 
+// A row of logits whose choice has noise, and the next of its ids that could win; see choose.cpp.
+struct NoisyRow {
+  const float* logits;  // [n]
+  int64_t n;
+  float temperature;
+  float floor;  // of logit / temperature: what is below cannot win; -infinity: none
+  uint64_t seed;
+  uint32_t sample_index, position;
+};
+struct NoisyBlock {
+  static constexpr int kIds = 64;
+  int64_t first;         // id of the first bit and word
+  uint64_t possible;     // bit i: id first + i could win
+  uint32_t words[kIds];  // random bits of the ids
+};
+
 struct Kernels {
   const char* name;
   // The rows of a LinearTask are taken in ceil(num_rows / tile_rows) nearly equal tiles, each laid
@@ -76,6 +93,16 @@ struct Kernels {
   // In place: the pairs (i, i + half) of x turn by the angles of cos, sin [half].
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
   void (*top_k)(const float* x, int64_t n, int k, int32_t* ids, float* values);
+  // Lowest id of the greatest of n values; NaN never wins; 0 if none is above -infinity.
+  int64_t (*greatest)(const float* values, int64_t n);
+  // The first block from id `start` on, a multiple of 64, with an id that could reach `best`; first
+  // is n if there is none.
+  void (*noisy_block)(const NoisyRow& row, int64_t start, float best, NoisyBlock& block);
+  // Rising ids with logit / temperature >= floor, and these scores; room for n + 16 of each.
+  int64_t (*gather)(const float* logits, int64_t n, float temperature, float floor, int32_t* ids,
+                    float* scores);
+  // round(2^32 exp(score - greatest)), as exp_f32 of noise.h has it; no NaN, none above greatest.
+  void (*masses)(const float* scores, int64_t n, float greatest, uint64_t* out);
   // Between float types, to nearest even, NaN kept.
   void (*convert)(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t n);
 };

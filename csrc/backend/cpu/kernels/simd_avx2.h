@@ -175,4 +175,91 @@ MEDUSA_INLINE void store_low_bytes(int8_t* p, V x) {
   store_128(p, _mm_packus_epi16(first, second));
 }
 
+MEDUSA_INLINE uint32_t not_less_mask(V x, V y) {
+  const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ));
+  const int high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ));
+  return static_cast<uint32_t>(low | high << 8);
+}
+MEDUSA_INLINE V fused(V x, V y, V z) { return fma(x, y, z); }  // one rounding on every machine
+
+// 16 unsigned integers.
+struct Words {
+  __m256i a, b;
+};
+MEDUSA_INLINE Words splat_word(uint32_t x) {
+  const __m256i v = _mm256_set1_epi32(static_cast<int>(x));
+  return {v, v};
+}
+MEDUSA_INLINE Words load_words(const uint32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+MEDUSA_INLINE void store_words(uint32_t* p, Words x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
+}
+MEDUSA_INLINE Words add_words(Words x, Words y) {
+  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+}
+MEDUSA_INLINE Words xor_words(Words x, Words y) {
+  return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)};
+}
+MEDUSA_INLINE void wide_product(__m256i x, __m256i factor, __m256i& high, __m256i& low) {
+  const __m256i even = _mm256_mul_epu32(x, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+// The 64-bit products of the lanes and one factor.
+MEDUSA_INLINE void wide_product(Words x, Words factor, Words& high, Words& low) {
+  wide_product(x.a, factor.a, high.a, low.a);
+  wide_product(x.b, factor.b, high.b, low.b);
+}
+MEDUSA_INLINE void transpose_quarters(__m256i& a, __m256i& b, __m256i& c, __m256i& d) {
+  const __m256i ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d);
+  const __m256i ab_high = _mm256_unpackhi_epi32(a, b), cd_high = _mm256_unpackhi_epi32(c, d);
+  a = _mm256_unpacklo_epi64(ab, cd);
+  b = _mm256_unpackhi_epi64(ab, cd);
+  c = _mm256_unpacklo_epi64(ab_high, cd_high);
+  d = _mm256_unpackhi_epi64(ab_high, cd_high);
+}
+// Each quarter of four lanes, of all four registers, is a 4 x 4 matrix.
+MEDUSA_INLINE void transpose_quarters(Words& a, Words& b, Words& c, Words& d) {
+  transpose_quarters(a.a, b.a, c.a, d.a);
+  transpose_quarters(a.b, b.b, c.b, d.b);
+}
+MEDUSA_INLINE V halves(Words x) {  // x / 2 without its remainder, to the nearest float
+  return {_mm256_cvtepi32_ps(_mm256_srli_epi32(x.a, 1)),
+          _mm256_cvtepi32_ps(_mm256_srli_epi32(x.b, 1))};
+}
+MEDUSA_INLINE V float_of_number(V x) {  // the float whose bits are the integer x, |x| < 2^31
+  return {_mm256_castsi256_ps(_mm256_cvtps_epi32(x.a)),
+          _mm256_castsi256_ps(_mm256_cvtps_epi32(x.b))};
+}
+MEDUSA_INLINE void store_integers(uint64_t* p, __m128 x) {
+  // Adding 2^52 leaves the integer in the low bits.
+  const __m256d shift = _mm256_set1_pd(0x1p52);
+  const __m256d sum = _mm256_add_pd(_mm256_cvtps_pd(x), shift);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_xor_si256(_mm256_castpd_si256(sum), _mm256_castpd_si256(shift)));
+}
+// To the nearest integers, ties to even; 0 <= x < 2^51.
+MEDUSA_INLINE void store_integers(uint64_t* p, V x) {
+  store_integers(p, _mm256_castps256_ps128(x.a));
+  store_integers(p + 4, _mm256_extractf128_ps(x.a, 1));
+  store_integers(p + 8, _mm256_castps256_ps128(x.b));
+  store_integers(p + 12, _mm256_extractf128_ps(x.b, 1));
+}
+// The lanes of the mask in their order and their numbers, from `first` on; all 16 places may be
+// written.
+MEDUSA_INLINE void store_chosen(float* p, int32_t* numbers, V v, int32_t first, uint32_t mask) {
+  float x[kLanes];
+  store(x, v);
+  for (; mask != 0; mask &= mask - 1) {
+    const int lane = __builtin_ctz(mask);
+    *p++ = x[lane];
+    *numbers++ = first + lane;
+  }
+}
+
 }  // namespace medusa::cpu::MEDUSA_ISA

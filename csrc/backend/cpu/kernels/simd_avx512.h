@@ -102,4 +102,52 @@ MEDUSA_INLINE void store_low_bytes(int8_t* p, V x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(x)));
 }
 
+MEDUSA_INLINE uint32_t not_less_mask(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+MEDUSA_INLINE V fused(V a, V b, V c) { return fma(a, b, c); }  // one rounding on every machine
+
+// 16 unsigned integers.
+using Words = __m512i;
+MEDUSA_INLINE Words splat_word(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+MEDUSA_INLINE Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
+MEDUSA_INLINE void store_words(uint32_t* p, Words x) { _mm512_storeu_si512(p, x); }
+MEDUSA_INLINE Words add_words(Words a, Words b) { return _mm512_add_epi32(a, b); }
+MEDUSA_INLINE Words xor_words(Words a, Words b) { return _mm512_xor_si512(a, b); }
+// The 64-bit products of the lanes and one factor.
+MEDUSA_INLINE void wide_product(Words x, Words factor, Words& high, Words& low) {
+  const __m512i even = _mm512_mul_epu32(x, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), factor);
+  high = _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_CDAB);
+  low = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CDAB);
+}
+// Each quarter of four lanes, of all four registers, is a 4 x 4 matrix.
+MEDUSA_INLINE void transpose_quarters(Words& a, Words& b, Words& c, Words& d) {
+  const __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
+  const __m512i ab_high = _mm512_unpackhi_epi32(a, b), cd_high = _mm512_unpackhi_epi32(c, d);
+  a = _mm512_unpacklo_epi64(ab, cd);
+  b = _mm512_unpackhi_epi64(ab, cd);
+  c = _mm512_unpacklo_epi64(ab_high, cd_high);
+  d = _mm512_unpackhi_epi64(ab_high, cd_high);
+}
+MEDUSA_INLINE V halves(Words x) {  // x / 2 without its remainder, to the nearest float
+  return _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 1));
+}
+MEDUSA_INLINE V float_of_number(V x) {  // the float whose bits are the integer x, |x| < 2^31
+  return _mm512_castsi512_ps(_mm512_cvtps_epi32(x));
+}
+// To the nearest integers, ties to even; 0 <= x < 2^51.
+MEDUSA_INLINE void store_integers(uint64_t* p, V x) {
+  _mm512_storeu_si512(p, _mm512_cvtps_epi64(_mm512_castps512_ps256(x)));
+  _mm512_storeu_si512(p + 8, _mm512_cvtps_epi64(_mm512_extractf32x8_ps(x, 1)));
+}
+// The lanes of the mask in their order and their numbers, from `first` on; all 16 places may be
+// written.
+MEDUSA_INLINE void store_chosen(float* p, int32_t* numbers, V x, int32_t first, uint32_t mask) {
+  const auto lanes = static_cast<__mmask16>(mask);
+  const __m512i ids =
+      _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                       _mm512_set1_epi32(first));
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(lanes, x));
+  _mm512_storeu_si512(numbers, _mm512_maskz_compress_epi32(lanes, ids));
+}
+
 }  // namespace medusa::cpu::MEDUSA_ISA

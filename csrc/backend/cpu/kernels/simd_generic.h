@@ -7,6 +7,7 @@ namespace medusa::cpu::MEDUSA_ISA {
 
 typedef float F4 __attribute__((vector_size(16)));
 typedef uint32_t U4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
 typedef uint16_t H4 __attribute__((vector_size(8)));
 
 struct V {
@@ -221,6 +222,103 @@ MEDUSA_INLINE void store_low_bytes(int8_t* p, V v) {
   float x[kLanes];
   store(x, v);
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(bits_of(x[i]) & 255);
+}
+
+MEDUSA_INLINE uint32_t bits_of_lanes(U4 a, U4 b, U4 c, U4 d) {  // all or no bits of each lane set
+  const U4 bit = {1, 2, 4, 8};
+  const U4 some = (a & bit) | (b & bit << 4) | (c & bit << 8) | (d & bit << 12);
+  return some[0] | some[1] | some[2] | some[3];
+}
+MEDUSA_INLINE uint32_t not_less_mask(V x, V y) {
+  return bits_of_lanes((U4)(x.a >= y.a), (U4)(x.b >= y.b), (U4)(x.c >= y.c), (U4)(x.d >= y.d));
+}
+// One rounding on every machine, where bits matter: a library call if the machine has no such
+// instruction.
+MEDUSA_INLINE V fused(V x, V y, V z) {
+  float a[kLanes], b[kLanes], c[kLanes];
+  store(a, x);
+  store(b, y);
+  store(c, z);
+  for (int i = 0; i < kLanes; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return load(a);
+}
+
+// 16 unsigned integers.
+struct Words {
+  U4 a, b, c, d;
+};
+MEDUSA_INLINE Words load_words(const uint32_t* p) {
+  Words x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+MEDUSA_INLINE void store_words(uint32_t* p, Words x) { __builtin_memcpy(p, &x, sizeof(x)); }
+MEDUSA_INLINE Words splat_word(uint32_t x) {
+  const U4 v = {x, x, x, x};
+  return {v, v, v, v};
+}
+MEDUSA_INLINE Words add_words(Words x, Words y) {
+  return {x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d};
+}
+MEDUSA_INLINE Words xor_words(Words x, Words y) {
+  return {x.a ^ y.a, x.b ^ y.b, x.c ^ y.c, x.d ^ y.d};
+}
+// The 64-bit products of the lanes and one factor.
+MEDUSA_INLINE void wide_product(Words x, Words factor, Words& high, Words& low) {
+  uint32_t lanes[kLanes], top[kLanes], bottom[kLanes];
+  store_words(lanes, x);
+  const uint32_t by = factor.a[0];
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = uint64_t{lanes[i]} * by;
+    top[i] = static_cast<uint32_t>(product >> 32);
+    bottom[i] = static_cast<uint32_t>(product);
+  }
+  high = load_words(top);
+  low = load_words(bottom);
+}
+// Each quarter of four lanes, of all four registers, is a 4 x 4 matrix.
+MEDUSA_INLINE void transpose_quarters(U4& a, U4& b, U4& c, U4& d) {
+  const U4 w = a, x = b, y = c, z = d;
+  a = U4{w[0], x[0], y[0], z[0]};
+  b = U4{w[1], x[1], y[1], z[1]};
+  c = U4{w[2], x[2], y[2], z[2]};
+  d = U4{w[3], x[3], y[3], z[3]};
+}
+MEDUSA_INLINE void transpose_quarters(Words& a, Words& b, Words& c, Words& d) {
+  transpose_quarters(a.a, b.a, c.a, d.a);
+  transpose_quarters(a.b, b.b, c.b, d.b);
+  transpose_quarters(a.c, b.c, c.c, d.c);
+  transpose_quarters(a.d, b.d, c.d, d.d);
+}
+MEDUSA_INLINE F4 halves(U4 x) { return __builtin_convertvector((I4)(x >> 1), F4); }
+MEDUSA_INLINE V halves(Words x) {  // x / 2 without its remainder, to the nearest float
+  return {halves(x.a), halves(x.b), halves(x.c), halves(x.d)};
+}
+MEDUSA_INLINE F4 float_of_number(F4 x) { return (F4) __builtin_convertvector(x, I4); }
+MEDUSA_INLINE V float_of_number(V x) {  // the float whose bits are the integer x, 0 <= x < 2^31
+  return {float_of_number(x.a), float_of_number(x.b), float_of_number(x.c), float_of_number(x.d)};
+}
+// To the nearest integers, ties to even; 0 <= x < 2^51.
+MEDUSA_INLINE void store_integers(uint64_t* p, V v) {
+  float x[kLanes];
+  store(x, v);
+  for (int i = 0; i < kLanes; ++i) {
+    const double sum = x[i] + 0x1p52;  // leaves the integer in the low bits
+    uint64_t bits;
+    __builtin_memcpy(&bits, &sum, sizeof(bits));
+    p[i] = bits & 0xfffffffffffffu;
+  }
+}
+// The lanes of the mask in their order and their numbers, from `first` on; all 16 places may be
+// written.
+MEDUSA_INLINE void store_chosen(float* p, int32_t* numbers, V v, int32_t first, uint32_t mask) {
+  float x[kLanes];
+  store(x, v);
+  for (; mask != 0; mask &= mask - 1) {
+    const int lane = __builtin_ctz(mask);
+    *p++ = x[lane];
+    *numbers++ = first + lane;
+  }
 }
 
 }  // namespace medusa::cpu::MEDUSA_ISA

@@ -25,6 +25,10 @@ void gelu_tanh_gate(const float*, const float*, int64_t, void*, bool);
 void residual_silu(const float*, float*, int64_t, void*, bool);
 void rotate(float*, const float*, const float*, int64_t);
 void top_k(const float*, int64_t, int, int32_t*, float*);
+int64_t greatest(const float*, int64_t);
+void noisy_block(const NoisyRow&, int64_t, float, NoisyBlock&);
+int64_t gather(const float*, int64_t, float, float, int32_t*, float*);
+void masses(const float*, int64_t, float, uint64_t*);
 void convert(const void*, DType, void*, DType, int64_t);
 
 }  // namespace MEDUSA_ISA
@@ -47,6 +51,10 @@ const Kernels& MEDUSA_JOIN(kernels_, MEDUSA_ISA)() {
       .residual_silu = MEDUSA_ISA::residual_silu,
       .rotate = MEDUSA_ISA::rotate,
       .top_k = MEDUSA_ISA::top_k,
+      .greatest = MEDUSA_ISA::greatest,
+      .noisy_block = MEDUSA_ISA::noisy_block,
+      .gather = MEDUSA_ISA::gather,
+      .masses = MEDUSA_ISA::masses,
       .convert = MEDUSA_ISA::convert,
   };
   return kTable;
