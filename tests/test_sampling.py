@@ -340,6 +340,117 @@ def test_the_last_of_thousands_that_are_kept(backend: _core.Backend) -> None:
     assert found > 1
 
 
+def chosen_in_f32(row: np.ndarray, choice: Choice, position: int) -> tuple[int, bool]:
+    """The token by the rule in f32, noise and roundings included, and whether a filter's border is
+    too close for the f64 masses of the reference.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        y = row / np.float32(choice.temperature)
+        words = _core.ops.noise(choice.seed, choice.sample_index, position, len(row))
+        score = y + _core.ops.gumbel(words)
+        ids, close = np.flatnonzero(~np.isnan(y)), False
+        wide = y.astype(np.float64)[ids]
+        kept = [
+            reference.kept(wide, choice.top_k, min(choice.top_p * f, 1.0), min(choice.min_p * f, 1))
+            if choice.top_p < 1 or choice.min_p > 0
+            else reference.kept(wide, choice.top_k, 1.0, 0.0)
+            for f in (1.0, 1 - 1e-6, 1 + 1e-6)
+        ]
+        close = any(sorted(other) != sorted(kept[0]) for other in kept)
+    ids = np.sort(ids[kept[0]])
+    return int(ids[np.argmax(score[ids])]), close
+
+
+def hard_row(rng: np.random.Generator, vocab: int) -> tuple[str, np.ndarray]:
+    """A row of some kind: noise that decides nothing or all, ties, holes."""
+    row = normal(rng, 1, vocab, scale=float(rng.choice([0.01, 1, 3])))[0]
+    kind = rng.choice(["plain", "peaked", "few values", "far off", "absorbed", "huge", "equal"])
+    if kind == "peaked":
+        row[rng.integers(0, vocab, 4)] += np.float32(rng.choice([9, 20, 27]))
+    elif kind == "few values":
+        row = np.round(row * 2) / 2
+    elif kind == "far off":  # noise is rounded to steps of the score, so that it ties
+        row = row + np.float32(rng.choice([-3e4, 3e6]))
+    elif kind == "absorbed":  # but for the greatest noise
+        row = np.round(row) * 16 + np.float32(rng.choice([-1, 1]) * 3e8)
+    elif kind == "huge":
+        row = row * np.float32(1e37)
+    elif kind == "equal":
+        row = np.full_like(row, row[0])
+    for hole in (-np.inf, np.nan):
+        if rng.random() < 0.2:
+            row = np.where(rng.random(vocab) < rng.choice([0.1, 0.9]), np.float32(hole), row)
+    if not np.isfinite(row).any():
+        row[rng.integers(0, vocab)] = 0
+    return str(kind), row.astype(np.float32)
+
+
+def hard_choice(rng: np.random.Generator, vocab: int) -> Choice:
+    on = rng.random(3) < 0.3
+    return Choice(
+        temperature=float(np.float32(rng.choice([1e-6, 0.05, 0.7, 1.5, 30, 1e6]))),
+        top_k=int(rng.choice([1, 2, 50, 256, 257, 1 + rng.integers(0, vocab)])) if on[0] else 0,
+        top_p=float(rng.choice([1e-9, 0.1, 0.5, 0.9, 0.9999])) if on[1] else 1.0,
+        min_p=float(rng.choice([1e-30, 1e-4, 0.1, 1.0])) if on[2] else 0.0,
+        seed=int(rng.integers(0, 2**63)),
+        sample_index=int(rng.choice([0, 1, 2**32 - 1])),
+    )
+
+
+def test_hard_rows_to_the_last_bit(
+    backend: _core.Backend, case_count: Callable[[int], int]
+) -> None:
+    """Nothing is left out that could win: rows of every size around a block of noise, in f32."""
+    met: dict[str, int] = {"close": 0, "not the greatest": 0}
+    for seed in range(case_count(800)):
+        rng = np.random.default_rng(seed)
+        vocab = int(rng.choice([2, 15, 16, 17, 63, 64, 65, 130, 1000, 2049, 5000]))
+        kind, row = hard_row(rng, vocab)
+        choice = hard_choice(rng, vocab)
+        with np.errstate(over="ignore"):
+            if not np.isfinite(np.nanmax(row) / np.float32(choice.temperature)):
+                continue
+        history = [0] * int(rng.integers(0, 3))
+        want, close = chosen_in_f32(row, choice, len(history) + 1)
+        if close:
+            met["close"] += 1
+            continue
+        _, (token,) = _core.ops.verify(
+            backend, row[None], [0], [-1], params(choice), history=history
+        )
+        assert token == want, f"case {seed}: {kind}, {vocab} ids, {choice}"
+        met[kind] = met.get(kind, 0) + 1
+        met["not the greatest"] += row[token] < np.nanmax(row)
+    assert met.pop("close") < case_count(80), met
+    assert len(met) == 8, met
+    assert min(met.values()) >= case_count(40), met
+
+
+def test_a_rare_word_wins_from_far_below(backend: _core.Backend) -> None:
+    """The id with the greatest noise wins by a hair against the bound, and loses by one."""
+    vocab, position = 4096, 1
+    for seed in range(60):
+        noise = _core.ops.gumbel(_core.ops.noise(seed, 0, position, vocab))
+        top, rare = (seed * 977) % vocab, int(np.argmax(noise))
+        if top == rare:
+            continue
+        row = np.full(vocab, -60, np.float32)
+        row[top] = 0
+        for step, wins in ((1e-4, True), (-1e-4, False)):
+            row[rare] = noise[top] - noise[rare] + np.float32(step)
+            got = first_token(backend, row.tolist(), Choice(temperature=1.0, seed=seed))
+            assert got == (rare if wins else top), seed
+
+
+def test_greedy_on_wide_rows(backend: _core.Backend, case_count: Callable[[int], int]) -> None:
+    for seed in range(case_count(200)):
+        rng = np.random.default_rng(seed)
+        vocab = int(rng.choice([1, 2, 15, 17, 63, 65, 2047, 2048, 2049, 4097, 9000]))
+        kind, row = hard_row(rng, vocab)
+        _, (token,) = _core.ops.verify(backend, row[None], [0], [-1], params(Choice()))
+        assert token == np.nanargmax(row), f"case {seed}: {kind}, {vocab} ids"
+
+
 def test_repetition_penalty_counts_prompt_root_and_path_once(backend: _core.Backend) -> None:
     choice = Choice(repetition_penalty=2.0)
     assert first_token(backend, [0, 4, 3, 1], choice) == 1

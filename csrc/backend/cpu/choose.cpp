@@ -135,6 +135,27 @@ void gather(const Kernels& kernels, const float* logits, int64_t vocab, float te
   scratch.candidates.resize(count);
 }
 
+// Leaves the candidates that the border keeps.
+void drop_beyond(const Border& border, ChooseScratch& scratch) {
+  size_t kept = 0;
+  for (size_t i = 0; i < scratch.ids.size(); ++i) {
+    if (!border.keeps(scratch.candidates[i], scratch.ids[i])) continue;
+    scratch.candidates[kept] = scratch.candidates[i];
+    scratch.ids[kept++] = scratch.ids[i];
+  }
+  scratch.candidates.resize(kept);
+  scratch.ids.resize(kept);
+}
+
+// The masses of the candidates.
+const std::vector<uint64_t>& weigh(const Kernels& kernels, float max_score,
+                                   ChooseScratch& scratch) {
+  scratch.masses.resize(scratch.ids.size());
+  kernels.masses(scratch.candidates.data(), static_cast<int64_t>(scratch.ids.size()), max_score,
+                 scratch.masses.data());
+  return scratch.masses;
+}
+
 Filter make_filter(const Kernels& kernels, const float* logits, int64_t vocab, float max_score,
                    const SamplingParams& sampling, ChooseScratch& scratch) {
   Filter filter;
@@ -161,28 +182,29 @@ Filter make_filter(const Kernels& kernels, const float* logits, int64_t vocab, f
       filter.border = BorderSearch(max_score, static_cast<double>(k), scratch).find();
     }
   }
-  if (by_p) {
-    if (by_k) {
-      size_t kept = 0;
-      for (size_t i = 0; i < scratch.ids.size(); ++i) {
-        if (!filter.border.keeps(scratch.candidates[i], scratch.ids[i])) continue;
-        scratch.candidates[kept] = scratch.candidates[i];
-        scratch.ids[kept++] = scratch.ids[i];
-      }
-      scratch.candidates.resize(kept);
-      scratch.ids.resize(kept);
-    } else {
-      // Top-p never keeps an id of no mass: it comes after all the mass.
-      gather(kernels, logits, vocab, sampling.temperature, max_score - 23.0f, scratch);
-    }
-    scratch.masses.resize(scratch.ids.size());
-    kernels.masses(scratch.candidates.data(), static_cast<int64_t>(scratch.ids.size()), max_score,
-                   scratch.masses.data());
-    uint64_t total = 0;
-    for (const uint64_t mass : scratch.masses) total += mass;
+  if (!by_p) return filter;
+
+  uint64_t total = 0;
+  if (by_k) {
+    drop_beyond(filter.border, scratch);
+    for (const uint64_t mass : weigh(kernels, max_score, scratch)) total += mass;
     const double limit = sampling.top_p * static_cast<double>(total);
     filter.border = BorderSearch(max_score, limit, scratch).find();
+    return filter;
   }
+  total = kernels.total_mass(logits, vocab, sampling.temperature, max_score);
+  const double limit = sampling.top_p * static_cast<double>(total);
+  // All ids further down than this have too little mass together to hold the border, roundings
+  // aside: those can ask for a second turn. None of no mass is ever kept.
+  const double tail = (1.0 - sampling.top_p) * static_cast<double>(total) * 0x1p-32;
+  float range =
+      std::min(kMassRange, static_cast<float>(std::log(static_cast<double>(vocab) / tail)) + 0.1f);
+  for (uint64_t reached = 0; static_cast<double>(reached) < limit; range = kMassRange) {
+    gather(kernels, logits, vocab, sampling.temperature, max_score - range, scratch);
+    reached = 0;
+    for (const uint64_t mass : weigh(kernels, max_score, scratch)) reached += mass;
+  }
+  filter.border = BorderSearch(max_score, limit, scratch).find();
   return filter;
 }
 

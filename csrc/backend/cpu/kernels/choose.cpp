@@ -3,7 +3,8 @@
 //   greatest     argmax of a row
 //   noisy_block  the next 64 ids of which one could win: score + noise >= the best so far
 //   gather       ids whose score is not below a floor, and their scores
-//   masses       round(2^32 exp(score - greatest)), the integers that top-p sums
+//   masses       round(2^32 exp(score - greatest)), the integers that top-p sums; total_mass: of
+//   all
 //
 // A score is logit / temperature, one f32 division. Noise is Philox4x32-10 of noise.h, four ids a
 // counter: lane 4 L + r of the 16 counters holds the ids of block 4 r + L, so that a transposition
@@ -52,6 +53,24 @@ MEDUSA_INLINE void noise_words(const NoisyRow& row, int64_t turn, Words (&words)
   words[1] = c1;
   words[2] = c2;
   words[3] = c3;
+}
+
+// 2^32 exp(score - greatest), not yet rounded: exp_f32 of noise.h, but below -80, where the integer
+// is 0 long since. NaN has no mass.
+MEDUSA_INLINE V mass_of(V score, V greatest) {
+  const V shift = splat(12582912.0f);  // 1.5 * 2^23
+  const V x = max(sub(score, greatest), splat(-80.0f));
+  const V shifted = fused(x, splat(1.44269504f), shift);
+  const V n = sub(shifted, shift);
+  V r = fused(n, splat(-0.693145752f), x);
+  r = fused(n, splat(-1.42860677e-6f), r);
+  V p = splat(0.001395048f);
+  p = fused(p, r, splat(0.008368882f));
+  p = fused(p, r, splat(0.041666206f));
+  p = fused(p, r, splat(0.1666652f));
+  p = fused(p, r, splat(0.5f));
+  const V y = add(fused(mul(r, r), p, r), splat(1.0f));
+  return mul(mul(y, pow2_of_shifted(shifted)), splat(4294967296.0f));
 }
 
 }  // namespace
@@ -142,30 +161,28 @@ int64_t gather(const float* logits, int64_t n, float temperature, float floor, i
   return count;
 }
 
-// exp_f32 of noise.h, but below -80, where the integer is 0 long since.
 void masses(const float* scores, int64_t n, float greatest, uint64_t* out) {
-  const V shift = splat(12582912.0f);  // 1.5 * 2^23
   for (int64_t i = 0; i < n; i += kLanes) {
-    const V x = max(sub(load_some(scores + i, n - i, greatest), splat(greatest)), splat(-80.0f));
-    const V shifted = fused(x, splat(1.44269504f), shift);
-    const V part = sub(shifted, shift);
-    V r = fused(part, splat(-0.693145752f), x);
-    r = fused(part, splat(-1.42860677e-6f), r);
-    V p = splat(0.001395048f);
-    p = fused(p, r, splat(0.008368882f));
-    p = fused(p, r, splat(0.041666206f));
-    p = fused(p, r, splat(0.1666652f));
-    p = fused(p, r, splat(0.5f));
-    const V y = add(fused(mul(r, r), p, r), splat(1.0f));
-    const V share = mul(mul(y, pow2_of_shifted(shifted)), splat(4294967296.0f));
-    if (n - i >= kLanes) {
-      store_integers(out + i, share);
-    } else {
-      uint64_t rest[kLanes];
-      store_integers(rest, share);
-      __builtin_memcpy(out + i, rest, static_cast<size_t>(n - i) * sizeof(uint64_t));
-    }
+    uint64_t lanes[kLanes];
+    const bool whole = n - i >= kLanes;
+    store_integers(whole ? out + i : lanes, mass_of(load_some(scores + i, n - i), splat(greatest)));
+    if (!whole) __builtin_memcpy(out + i, lanes, static_cast<size_t>(n - i) * sizeof(uint64_t));
   }
+}
+
+uint64_t total_mass(const float* logits, int64_t n, float temperature, float greatest) {
+  const V without = splat(greatest - kMassRange);
+  uint64_t sums[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const V score = div(load_some(logits + i, n - i, -__builtin_inff()), splat(temperature));
+    if (not_less_mask(score, without) == 0) continue;
+    uint64_t lanes[kLanes];
+    store_integers(lanes, mass_of(score, splat(greatest)));
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += lanes[lane];
+  }
+  uint64_t total = 0;
+  for (const uint64_t sum : sums) total += sum;
+  return total;
 }
 
 }  // namespace medusa::cpu::MEDUSA_ISA

@@ -16,6 +16,8 @@ constexpr int kTileQueries = 8;  // (row, head) pairs of one attention tile
 constexpr int kPage = 64;        // tokens of a page of the cache
 constexpr int kMaxAncestorWords = 4;
 constexpr float kGreatestNoise = 22.89f;  // kMaxGumbel of noise.h
+constexpr float kMassRange =
+    23.0f;  // a score as far below the greatest has no mass: 2^32 e^-23 < 1/2
 
 // Blocks [first_block, last_block) of 32 outputs for rows [0, num_rows); see linear.cpp and
 // block_linear.cpp.
@@ -101,8 +103,10 @@ struct Kernels {
   // Rising ids with logit / temperature >= floor, and these scores; room for n + 16 of each.
   int64_t (*gather)(const float* logits, int64_t n, float temperature, float floor, int32_t* ids,
                     float* scores);
-  // round(2^32 exp(score - greatest)), as exp_f32 of noise.h has it; no NaN, none above greatest.
+  // round(2^32 exp(score - greatest)), as exp_f32 of noise.h has it; none above greatest.
   void (*masses)(const float* scores, int64_t n, float greatest, uint64_t* out);
+  // The sum of the masses of all logit / temperature.
+  uint64_t (*total_mass)(const float* logits, int64_t n, float temperature, float greatest);
   // Between float types, to nearest even, NaN kept.
   void (*convert)(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t n);
 };

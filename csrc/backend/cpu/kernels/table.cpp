@@ -29,6 +29,7 @@ int64_t greatest(const float*, int64_t);
 void noisy_block(const NoisyRow&, int64_t, float, NoisyBlock&);
 int64_t gather(const float*, int64_t, float, float, int32_t*, float*);
 void masses(const float*, int64_t, float, uint64_t*);
+uint64_t total_mass(const float*, int64_t, float, float);
 void convert(const void*, DType, void*, DType, int64_t);
 
 }  // namespace MEDUSA_ISA
@@ -55,6 +56,7 @@ const Kernels& MEDUSA_JOIN(kernels_, MEDUSA_ISA)() {
       .noisy_block = MEDUSA_ISA::noisy_block,
       .gather = MEDUSA_ISA::gather,
       .masses = MEDUSA_ISA::masses,
+      .total_mass = MEDUSA_ISA::total_mass,
       .convert = MEDUSA_ISA::convert,
   };
   return kTable;
