@@ -75,9 +75,11 @@ class ModelBuilder:
         self, config: str, dtype: str, backend: Backend, blocks: Mapping[str, str] = ...
     ) -> None: ...
     def add(self, name: str, array: NDArray[Any], dtype: str | None = None) -> None:
-        """Pack one tensor. dtype: "bf16" for uint16 arrays that hold it; the block type for rows of
-        uint8, which must be the stored one; else the array's own. Floats are quantised where the
-        matrix is stored in blocks (not q4_k).
+        """Pack one tensor.
+
+        dtype: "bf16" for uint16 arrays that hold it; the block type for rows of uint8, which must
+        be the stored one; else the array's own. Floats are quantised where the matrix is stored in
+        blocks (not q4_k).
         """
     def finish(self) -> Model: ...
 

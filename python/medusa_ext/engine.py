@@ -17,9 +17,9 @@ from medusa_ext.calibration.file import auto_tree
 from medusa_ext.chat import Chat
 from medusa_ext.detokenize import DetokenizerFactory, Transformers
 from medusa_ext.device import check_model, kind_of, open_device
-from medusa_ext.loading import load_checkpoint, open_checkpoint
+from medusa_ext.loading import check_types, load_checkpoint, open_checkpoint
 from medusa_ext.memory import Guesses, Limits, Sizes, check_memory
-from medusa_ext.options import DTYPES, Options, choice, integer, parse_options, shown
+from medusa_ext.options import Options, integer, parse_options, shown
 from medusa_ext.prompts import PromptEncoder
 from medusa_ext.pump import Pump
 from medusa_ext.text_builder import TextBuilder
@@ -43,6 +43,7 @@ class Engine:
         heads: str | os.PathLike[str] | None = "auto",
         *,
         device: str = "auto",
+        weights: str = "auto",
         dtype: str = "auto",
         tree: Tree = "auto",
         max_batch: int = 8,
@@ -64,7 +65,11 @@ class Engine:
                 or "auto": the heads that come with the model, else prompt lookup.
             device: "cpu", "cuda" or "cuda:N" for the GPU of that number, or "auto": "cuda" where
                 it can be used, unless threads or isa are given, which are the CPU's.
-            dtype: of weights and cache: "auto" (as in the file), "bf16", "f16" or "f32".
+            weights: as which they are stored: "auto" (as in the file; on a GPU, where blocks have
+                no products, `dtype`), "q8" or "q4" (quantised in loading, with a scale for 32
+                values; on a CPU alone), "bf16", "f16" or "f32".
+            dtype: of the cache, and of weights that are not in blocks: "auto" (as in the file, bf16
+                where that is quantised), "bf16", "f16" or "f32".
             tree: of guesses from Medusa heads: "auto" (what `medusa-ext calibrate` found, else the
                 best nodes of a published tree, 16 on a CPU and 64 on a GPU), another number of
                 nodes, a name, a JSON file, a list (or array) of paths, or a `TreeSpec`.
@@ -90,7 +95,7 @@ class Engine:
             medusa_ext.CudaError: the GPU cannot be used.
         """
         self._pump: Pump | None = None
-        choice("dtype", dtype, DTYPES)
+        check_types(weights, dtype)
         limits = Limits(max_batch, max_context, cache_tokens, prefill_chunk)
         if head_vocab is not None:
             integer("head_vocab", head_vocab, 1)
@@ -109,8 +114,9 @@ class Engine:
         )
         # What depends on the model's configuration, before the weights are read.
         kind = kind_of(backend.name)
-        check_model(checkpoint.config, checkpoint.dtype(dtype), kind)
-        auto = auto_tree(checkpoint, kind, checkpoint.dtype(dtype), backend.threads)
+        stored = checkpoint.stored(weights, dtype, kind)
+        check_model(checkpoint.config, stored.dtype, kind)
+        auto = auto_tree(checkpoint, kind, stored, backend.threads)
         self._tree = tree_for(checkpoint.config, tree, *auto)
         if self._tree is not None and self._tree.depth > backend.max_tree_depth:
             raise ValueError(
@@ -121,10 +127,11 @@ class Engine:
             drafter = _core.prompt_lookup_drafter()
         limits = limits.within(checkpoint.config["max_context"])
         guesses = Guesses.of(self._tree, drafter)
-        check_memory(Sizes(checkpoint, kind, checkpoint.dtype(dtype), limits, guesses), backend)
+        check_memory(Sizes(checkpoint, kind, stored, limits, guesses), backend)
 
-        loaded = load_checkpoint(checkpoint, dtype=dtype, backend=backend)
+        loaded = load_checkpoint(checkpoint, weights=weights, dtype=dtype, backend=backend)
         self._model = loaded.model
+        self._weights = stored.text
         self._config = loaded.config
         self._name = os.fspath(model)
         self._tokenizer = loaded.tokenizer
@@ -287,7 +294,7 @@ class Engine:
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """What was loaded: model, family, sizes, dtype, drafter, backend."""
+        """What was loaded: model, family, sizes, types, drafter, backend."""
         self._open_pump()
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         return {
@@ -295,6 +302,7 @@ class Engine:
             "family": self._config["family"],
             **{name: self._config[name] for name in sizes},
             "max_context": self.max_context,
+            "weights": self._weights,
             "dtype": self._model.dtype,
             "drafter": self._drafter_name,
             "backend": f"{self._model.backend.name}, {self._model.backend.detail}",
@@ -387,6 +395,7 @@ class Engine:
         if self._pump is None:
             return "Engine(closed)"
         return (
-            f"Engine({self._name!r}, drafter={self._drafter_name!r}, dtype={self._model.dtype!r},"
-            f" max_context={self._session.max_context}, backend={self._model.backend.detail!r})"
+            f"Engine({self._name!r}, drafter={self._drafter_name!r}, weights={self._weights!r},"
+            f" dtype={self._model.dtype!r}, max_context={self._session.max_context},"
+            f" backend={self._model.backend.detail!r})"
         )

@@ -9,7 +9,7 @@ from typing import Any
 from medusa_ext import _core
 from medusa_ext.calibration.file import auto_tree
 from medusa_ext.device import check_model, kind_of, open_device
-from medusa_ext.loading import Checkpoint, weight_bytes
+from medusa_ext.loading import Checkpoint, Stored, weight_bytes
 from medusa_ext.loading.files import FLOAT_BYTES
 from medusa_ext.options import integer
 from medusa_ext.trees import Tree, tree_for
@@ -104,20 +104,26 @@ class Sizes:
     Attributes:
         checkpoint: model and heads.
         device: "cpu" or "cuda".
-        dtype: of weights and cache: "f32", "f16" or "bf16".
+        stored: types of weights and cache.
         limits: of the session, within the model's.
         guesses: of the drafter.
     """
 
     checkpoint: Checkpoint
     device: str
-    dtype: str
+    stored: Stored
     limits: Limits
     guesses: Guesses = Guesses()
 
     def changed(self, **limits: int) -> Sizes:
         """Return these sizes with other limits."""
         return replace(self, limits=replace(self.limits, **limits))
+
+    def with_types(self, **types: str) -> Sizes:
+        """Return these sizes with weights or dtype chosen anew."""
+        weights = types.get("weights", self.stored.weights)
+        dtype = "auto" if weights in FLOAT_BYTES else types.get("dtype", self.stored.dtype)
+        return replace(self, stored=self.checkpoint.stored(weights, dtype, self.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +157,12 @@ class MemoryPlan:
 
 
 def plan(sizes: Sizes) -> MemoryPlan:
-    """Return what an engine of these sizes takes; what the layouts of weights are padded by is not.
+    """Return what an engine of these sizes takes, but for what layouts of floats are padded by.
 
     The formulas are those of csrc/core/scheduler.cpp (cache), forward.cpp (workspace) and
     medusa_drafter.cpp (heads); tests hold them equal.
     """
-    weights, heads = weight_bytes(sizes.checkpoint.entries, sizes.dtype)
+    weights, heads = weight_bytes(sizes.checkpoint.entries, sizes.stored)
     return MemoryPlan(
         weights,
         heads,
@@ -171,7 +177,7 @@ def cache_bytes(sizes: Sizes) -> int:
     config = sizes.checkpoint.config
     pages = -(-sizes.limits.tokens // PAGE_TOKENS)
     elements = 2 * config["num_layers"] * config["num_kv_heads"] * config["head_dim"]
-    return pages * PAGE_TOKENS * int(elements) * FLOAT_BYTES[sizes.dtype]
+    return pages * PAGE_TOKENS * int(elements) * FLOAT_BYTES[sizes.stored.dtype]
 
 
 def workspace_bytes(sizes: Sizes) -> int:
@@ -242,6 +248,7 @@ class Forecast:
         device: its name.
         plan: bytes wanted.
         cache_tokens: that the cache would hold.
+        stored: types of weights and cache.
         detail: of the device; None where it is absent.
         free: bytes; None where it is absent.
         device_total: bytes; None where it is absent.
@@ -252,6 +259,7 @@ class Forecast:
     device: str
     plan: MemoryPlan
     cache_tokens: int
+    stored: Stored
     detail: str | None = None
     free: int | None = None
     device_total: int | None = None
@@ -260,7 +268,9 @@ class Forecast:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "total": self.plan.total}
+        values = asdict(self)
+        del values["stored"]
+        return {**values, "total": self.plan.total}
 
 
 def forecast(
@@ -269,6 +279,7 @@ def forecast(
     dtype: str,
     limits: Limits,
     *,
+    weights: str = "auto",
     tree: Tree = "auto",
     guesses: bool = True,
 ) -> Forecast:
@@ -279,6 +290,7 @@ def forecast(
         device: as for `Engine`.
         dtype: as for `Engine`.
         limits: of the session.
+        weights: as for `Engine`.
         tree: as for `Engine`.
         guesses: whether prompt lookup guesses where there are no heads.
 
@@ -294,19 +306,20 @@ def forecast(
     except (NotImplementedError, _core.CudaError) as error:
         absent = str(error)
     kind = kind_of(device)
-    check_model(checkpoint.config, checkpoint.dtype(dtype), kind)
+    stored = checkpoint.stored(weights, dtype, kind)
+    check_model(checkpoint.config, stored.dtype, kind)
     threads = 0 if backend is None else backend.threads
-    auto = auto_tree(checkpoint, kind, checkpoint.dtype(dtype), threads)
+    auto = auto_tree(checkpoint, kind, stored, threads)
     spec = tree_for(checkpoint.config, tree, *auto)
     drafter = _core.prompt_lookup_drafter() if guesses else None
     sizes = Sizes(
         checkpoint,
         kind,
-        checkpoint.dtype(dtype),
+        stored,
         limits.within(checkpoint.config["max_context"]),
         Guesses.of(spec, drafter),
     )
-    made = Forecast(device, plan(sizes), sizes.limits.tokens, absent=absent)
+    made = Forecast(device, plan(sizes), sizes.limits.tokens, stored, absent=absent)
     if backend is None:
         return made
     free, total = backend.memory()
@@ -325,21 +338,34 @@ def advice(sizes: Sizes, room: int) -> str:
     alone = [f"{name}={value!r}" for name, value in _smaller(sizes, room)]
     if alone:
         return f"{' or '.join(alone)} would fit"
-    dtype, least = "", replace(sizes, limits=replace(sizes.limits, max_batch=1, cache_tokens=None))
-    if least.dtype == "f32":
-        dtype, least = 'dtype="bf16", ', replace(least, dtype="bf16")
-    context = _greatest_context(least, room)
-    if context is None:
-        return "no option makes it fit; take a smaller model or another device"
-    return f"{dtype}max_batch=1 and max_context={context} together would fit"
+    least = replace(sizes, limits=replace(sizes.limits, max_batch=1, cache_tokens=None))
+    for types in [_half(sizes), {"weights": "q4"}][: 2 if sizes.device == "cpu" else 1]:
+        smaller = least.with_types(**types)
+        context = _greatest_context(smaller, room)
+        if context is not None:
+            given = "".join(f'{name}="{value}", ' for name, value in types.items())
+            return f"{given}max_batch=1 and max_context={context} together would fit"
+    return "no option makes it fit; take a smaller model or another device"
+
+
+def _half(sizes: Sizes) -> dict[str, str]:
+    """The option that makes f32 half as large; none where it is smaller already."""
+    if sizes.stored.dtype != "f32":
+        return {}
+    return {"weights" if sizes.stored.weights == "f32" else "dtype": "bf16"}
 
 
 def _smaller(sizes: Sizes, room: int) -> list[tuple[str, object]]:
     """Options that suffice alone, each with the greatest value that does."""
     limits = sizes.limits
     found: list[tuple[str, object]] = []
-    if sizes.dtype == "f32" and _fits(replace(sizes, dtype="bf16"), room):
-        found.append(("dtype", "bf16"))
+    types = [_half(sizes)] if _half(sizes) else []
+    if sizes.device == "cpu":
+        types += [{"weights": "q8"}, {"weights": "q4"}]
+    for one in types:
+        if _fits(sizes.with_types(**one), room):
+            found += one.items()
+            break  # the one that changes the values least
     numbers = {
         "max_batch": _greatest(
             lambda count: _fits(sizes.changed(max_batch=count), room), 1, limits.max_batch

@@ -15,6 +15,7 @@ from medusa_ext import _core
 
 DEFAULT_MAX_NEW_TOKENS = 256
 DTYPES = ("auto", "bf16", "f16", "f32")
+WEIGHTS = ("auto", "q8", "q4", "bf16", "f16", "f32")
 
 # What users of other engines type, where the nearest spelling would not find it.
 _OTHER_NAMES = {

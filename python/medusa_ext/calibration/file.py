@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from medusa_ext.device import AUTO_NODES
-from medusa_ext.loading import Checkpoint, LoadError
+from medusa_ext.loading import Checkpoint, LoadError, Stored
 from medusa_ext.loading.exporting import CALIBRATION_FILE, CALIBRATION_KEY
 from medusa_ext.trees import MAX_NODES, Paths, resolve_tree
 
 _MAX_BYTES = 16 << 20
 _REPAIR = "make it again with `medusa-ext calibrate`, or remove it"
 
-SAME_DEVICE = ("device", "detail", "dtype", "threads")  # of a row of step_times, and of check
+_SAME_DEVICE = ("device", "detail", "weights", "dtype", "threads")  # of step_times, and of check
 
 # What each key must hold: a type, [of all], or {key: of its value}, ... standing for any key;
 # (of it,) may also be null or absent.
@@ -49,7 +49,14 @@ _SHAPE = {
     ],
     "by_category": {...: {**_SHARES, "tokens_per_step": {...: float}}},
     "step_times": [
-        {"device": str, "dtype": str, "threads": int, "nodes": int, "seconds": {...: float}}
+        {
+            "device": str,
+            "weights": (str,),
+            "dtype": str,
+            "threads": int,
+            "nodes": int,
+            "seconds": {...: float},
+        }
     ],
 }
 _CHECK = {
@@ -66,7 +73,7 @@ class Calibration:
 
     Attributes:
         tree: paths, the most valuable first.
-        step_times: rows with device, dtype, threads, seconds and nodes.
+        step_times: rows with device, weights, dtype, threads, seconds and nodes.
         content: as in the file.
     """
 
@@ -74,27 +81,32 @@ class Calibration:
     step_times: list[dict[str, Any]]
     content: dict[str, Any]
 
-    def nodes_for(self, device: str, dtype: str, threads: int) -> int:
+    def nodes_for(self, device: str, stored: Stored, threads: int) -> int:
         """Return the number of nodes that was best on the device most like this one."""
         rows = [row for row in self.step_times if row["device"] == device]
         if not rows:
             return AUTO_NODES[device]
         like = max(  # the last of several that are equally like
             enumerate(rows),
-            key=lambda at: (at[1]["dtype"] == dtype, -abs(at[1]["threads"] - threads), at[0]),
+            key=lambda at: (
+                weights_of(at[1]) == stored.text,
+                at[1]["dtype"] == stored.dtype,
+                -abs(at[1]["threads"] - threads),
+                at[0],
+            ),
         )
         return int(like[1]["nodes"])
 
 
 def auto_tree(
-    checkpoint: Checkpoint, device: str, dtype: str, threads: int
+    checkpoint: Checkpoint, device: str, stored: Stored, threads: int
 ) -> tuple[int, Paths | None]:
     """The calibrated tree of a model's heads, and the nodes of it to use.
 
     Args:
         checkpoint: model and heads.
         device: "cpu" or "cuda".
-        dtype: of weights and cache.
+        stored: types of weights and cache.
         threads: of the CPU.
 
     Returns:
@@ -114,7 +126,7 @@ def auto_tree(
         return AUTO_NODES[device], None
     if found is None:
         return AUTO_NODES[device], None
-    return found.nodes_for(device, dtype, threads), found.tree
+    return found.nodes_for(device, stored, threads), found.tree
 
 
 def read_calibration(path: Path, config: Mapping[str, Any]) -> Calibration:
@@ -138,12 +150,21 @@ def read_calibration(path: Path, config: Mapping[str, Any]) -> Calibration:
     return _parsed(text, str(path), config)
 
 
+def weights_of(row: Mapping[str, Any]) -> str:
+    """The types of the weights of a row of step_times; a row of before there were blocks has one."""
+    return str(row.get("weights") or row.get("dtype"))
+
+
+def device_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a row of step_times that names what was measured."""
+    return {**{name: row.get(name) for name in _SAME_DEVICE}, "weights": weights_of(row)}
+
+
 def check_here(content: Mapping[str, Any]) -> dict[str, Any]:
     """The check of a calibration's content, if it was made on the device of the last step times."""
     check: dict[str, Any] = content.get("check", {})
     times = content["step_times"][-1]
-    here = {name: times.get(name) for name in SAME_DEVICE}
-    return check if check.get("device") == here else {}
+    return check if device_of(check.get("device", {})) == device_of(times) else {}
 
 
 def _parsed(text: str, where: str, config: Mapping[str, Any]) -> Calibration:

@@ -13,7 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from medusa_ext.calibration.file import check_here
+from medusa_ext.calibration.file import check_here, weights_of
 from medusa_ext.device import AUTO_NODES
 from medusa_ext.loading import LoadError
 
@@ -141,7 +141,7 @@ def speed_figure(content: dict[str, Any]) -> Figure:
         fontsize=8,
         color=_INK,
     )
-    titles = (f"Tokens per second, {times['device']}, {times['dtype']}", "Tokens per step")
+    titles = (f"Tokens per second, {times['device']}, {weights_of(times)}", "Tokens per step")
     for axes, title in zip((left, right), titles, strict=True):
         axes.set_title(title, loc="left", color=_INK, fontsize=11)
         axes.set_xscale("log", base=2)

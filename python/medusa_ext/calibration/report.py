@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from medusa_ext.calibration.file import check_here
+from medusa_ext.calibration.file import check_here, weights_of
 
 _RANKS = (1, 2, 5, 10)
 
@@ -18,7 +18,7 @@ def print_report(content: dict[str, Any], console: Console) -> None:
     console.print(f"How often a head guesses right, in %, over {content['tokens']:,} tokens:\n")
     console.print(_accuracies(content))
     measured = f", measured on {check['prompts']} prompts" if check else ""
-    console.print(f"\nTrees on {times['device']} ({times['detail']}), {times['dtype']}:")
+    console.print(f"\nTrees on {times['device']} ({times['detail']}), {weights_of(times)}:")
     console.print(f"predicted on text that did not choose the tree (± standard error){measured}\n")
     console.print(_nodes(content))
     console.print('* what tree="auto" takes on this device')

@@ -10,17 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from medusa_ext import _core
-from medusa_ext.calibration.file import SAME_DEVICE, read_calibration, write_calibration
+from medusa_ext.calibration.file import device_of, read_calibration, write_calibration
 from medusa_ext.calibration.ranks import Ranks, collect, walk
 from medusa_ext.calibration.step_times import PREFILL_CHUNK, Decoders, answer
 from medusa_ext.calibration.texts import Text, read_data, read_prompts
 from medusa_ext.calibration.tree_search import search
 from medusa_ext.device import check_model, kind_of, open_device
 from medusa_ext.distill.prompts import Prompt
-from medusa_ext.loading import LoadedModel, LoadError, load_checkpoint, open_checkpoint
+from medusa_ext.loading import (
+    LoadedModel,
+    LoadError,
+    check_types,
+    load_checkpoint,
+    open_checkpoint,
+)
 from medusa_ext.loading.exporting import CALIBRATION_FILE
 from medusa_ext.memory import Guesses, Limits, Sizes, check_memory
-from medusa_ext.options import DTYPES, choice, integer
+from medusa_ext.options import integer
 from medusa_ext.prompts import PromptEncoder
 from medusa_ext.trees import MAX_NODES, MAX_RANKS, Paths
 
@@ -51,6 +57,7 @@ class Request:
             given: those that were calibrated before, or NODES.
         max_new_tokens: of an answer to a prompt.
         device: as for `Engine`.
+        weights: as for `Engine`.
         dtype: as for `Engine`.
         threads: as for `Engine`.
         local_files_only: as for `Engine`.
@@ -64,6 +71,7 @@ class Request:
     nodes: Sequence[int] = ()
     max_new_tokens: int = 128
     device: str = "auto"
+    weights: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
     local_files_only: bool = False
@@ -79,7 +87,7 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
         LoadError, ValueError: something given is impossible; nothing was written.
         NotImplementedError, MemoryError, medusa_ext.CudaError: as `Engine`.
     """
-    choice("dtype", request.dtype, DTYPES)
+    check_types(request.weights, request.dtype)
     integer("max_new_tokens", request.max_new_tokens, 2)
     backend = open_device(request.device, threads=request.threads)
     checkpoint = open_checkpoint(
@@ -107,14 +115,17 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
         )
     nodes = _sizes(request.nodes, content, path)
     asked = [] if request.prompts is None else read_prompts(request.prompts)
-    dtype, kind = checkpoint.dtype(request.dtype), kind_of(backend.name)
-    check_model(config, dtype, kind)
+    kind = kind_of(backend.name)
+    stored = checkpoint.stored(request.weights, request.dtype, kind)
+    check_model(config, stored.dtype, kind)
     limits = Limits(max_batch=_ANSWERS_AT_ONCE).within(config["max_context"])
     guesses = Guesses(max(nodes), config["heads"]["num_heads"])
-    sizes = Sizes(checkpoint, kind, dtype, limits, guesses)
+    sizes = Sizes(checkpoint, kind, stored, limits, guesses)
     check_memory(sizes, backend)
 
-    loaded = load_checkpoint(checkpoint, dtype=request.dtype, backend=backend)
+    loaded = load_checkpoint(
+        checkpoint, weights=request.weights, dtype=request.dtype, backend=backend
+    )
     work = _Work(loaded, request.max_new_tokens, progress)
     prompts = [] if not asked else work.encode(asked)
     texts = [] if data is None else work.texts(data)
@@ -133,13 +144,16 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
         }
     nodes = [count for count in nodes if count <= len(content["tree"]) + 1]
     decoders = Decoders(loaded.model, content["tree"], nodes, context)
-    row = {"device": kind, "detail": backend.detail, "dtype": dtype, "threads": backend.threads}
+    row = {
+        "device": kind,
+        "detail": backend.detail,
+        "weights": stored.text,
+        "dtype": stored.dtype,
+        "threads": backend.threads,
+    }
     row |= work.step_times(decoders, content["predicted"], timed)
-    content["step_times"] = [
-        other
-        for other in content["step_times"]
-        if any(other.get(name) != row[name] for name in SAME_DEVICE)
-    ] + [row]
+    others = [other for other in content["step_times"] if device_of(other) != device_of(row)]
+    content["step_times"] = [*others, row]
     if asked:
         known = {tuple(prompt) for prompt in seen}
         repeated = sum(tuple(prompt) in known for prompt in prompts)
@@ -346,7 +360,7 @@ class _Work:
                 for count in nodes
             }
         return {
-            "device": {name: times[name] for name in SAME_DEVICE},
+            "device": device_of(times),
             "prompts": len(prompts),
             "max_new_tokens": self.max_new_tokens,
             "all": [

@@ -27,7 +27,12 @@ Heads = Annotated[
 Tree = Annotated[
     str, typer.Option(help="Name of a tree, its number of nodes, a .json file of paths, or auto.")
 ]
-DType = Annotated[str, typer.Option(help="auto, bf16, f16 or f32.")]
+Weights = Annotated[
+    str, typer.Option(help="auto (as in the file), q8 or q4 (on a CPU), bf16, f16 or f32.")
+]
+DType = Annotated[
+    str, typer.Option(help="auto, bf16, f16 or f32: cache, and weights that are not in blocks.")
+]
 Device = Annotated[str, typer.Option(help="auto (cuda where it can be used), cpu, cuda, cuda:N.")]
 MaxBatch = Annotated[int, typer.Option(help="Texts made side by side.")]
 HeadVocab = Annotated[
@@ -70,6 +75,7 @@ def make_engine(
     heads: str,
     *,
     tree: str,
+    weights: str,
     dtype: str,
     device: str,
     threads: int | None,
@@ -89,6 +95,7 @@ def make_engine(
         model,
         heads_argument(heads),
         tree=tree,
+        weights=weights,
         dtype=dtype,
         device=device,
         threads=threads,

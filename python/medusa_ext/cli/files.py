@@ -23,6 +23,7 @@ def inspect(
     ],
     heads: common.Heads = "auto",
     tree: common.Tree = "auto",
+    weights: common.Weights = "auto",
     dtype: common.DType = "auto",
     device: common.Device = "auto",
     max_batch: common.MaxBatch = 8,
@@ -37,16 +38,17 @@ def inspect(
     common.quiet_libraries()
     from medusa_ext import loading
     from medusa_ext.memory import Limits, forecast
-    from medusa_ext.options import DTYPES, choice
 
-    choice("dtype", dtype, DTYPES)
+    loading.check_types(weights, dtype)
     limits = Limits(max_batch, max_context, cache_tokens, prefill_chunk)
     own = common.heads_argument(heads)
     checkpoint = loading.open_checkpoint(
         path, own, head_vocab=head_vocab, local_files_only=local_files_only
     )
-    found = loading.describe(checkpoint, dtype)
-    memory = forecast(checkpoint, device, dtype, limits, tree=tree, guesses=own is not None)
+    memory = forecast(
+        checkpoint, device, dtype, limits, weights=weights, tree=tree, guesses=own is not None
+    )
+    found = loading.describe(checkpoint, memory.stored)
     if as_json:
         print(json.dumps({**found.to_dict(), "memory": memory.to_dict()}))
     else:
@@ -64,6 +66,9 @@ def export(
             metavar="[HEADS] OUT", help="Heads, if any, and the .safetensors file to write."
         ),
     ],
+    weights: Annotated[
+        str, typer.Option(help="auto (as in the file), or bf16, f16 or f32 instead of blocks.")
+    ] = "auto",
     head_vocab: common.HeadVocab = None,
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
@@ -75,7 +80,12 @@ def export(
 
     heads = common.heads_argument(paths[0]) if len(paths) == 2 else "auto"
     written = loading.export(
-        model, heads, paths[-1], head_vocab=head_vocab, local_files_only=local_files_only
+        model,
+        heads,
+        paths[-1],
+        weights=weights,
+        head_vocab=head_vocab,
+        local_files_only=local_files_only,
     )
     print(f"{written} ({mebibytes(written.stat().st_size)})")
 
@@ -105,7 +115,8 @@ def _table(found: Inspection, memory: Forecast) -> Table:
         "vocabulary": f"{found.vocab_size}{' (tied)' if found.tied_embeddings else ''}",
         "context": f"{found.max_context} tokens",
         "stored as": stored,
-        "loaded as": found.dtype,
+        "loaded as": found.weights,
+        "type of the cache": found.dtype,
         "Medusa heads": heads,
         "cache per 1,000 tokens": mebibytes(found.cache_bytes_per_1000_tokens),
         **_memory_rows(memory),

@@ -88,9 +88,12 @@ def distill(
     """
     check_goals(records, tokens, endless=prompts is None)
     composer = Composer(engine, recipe, prompts)
+    info = engine.info
     settings = {
-        "model": engine.info["model"],
-        "dtype": engine.info["dtype"],
+        "model": info["model"],
+        # Only where they differ, so that files made before there were blocks can be continued.
+        **({"weights": info["weights"]} if info["weights"] != info["dtype"] else {}),
+        "dtype": info["dtype"],
         "max_context": engine.max_context,
         "prompts": None if prompts is None else prompts.name,
         "prompts_sha256": None if prompts is None else prompts.digest,

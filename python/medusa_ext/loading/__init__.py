@@ -10,8 +10,8 @@ from medusa_ext.loading.exporting import export
 from medusa_ext.loading.heads import HeadsInfo
 from medusa_ext.loading.inspection import Inspection, describe, inspect
 from medusa_ext.loading.load import LoadedModel, load_checkpoint, load_model
-from medusa_ext.loading.plan import weight_bytes
 from medusa_ext.loading.source import Source, resolve
+from medusa_ext.loading.stored import Stored, check_types, weight_bytes
 
 __all__ = [
     "Checkpoint",
@@ -20,6 +20,8 @@ __all__ = [
     "LoadError",
     "LoadedModel",
     "Source",
+    "Stored",
+    "check_types",
     "convert",
     "describe",
     "export",

@@ -7,14 +7,16 @@ from functools import cached_property
 from typing import Any
 
 from medusa_ext.loading import hf, tokenizer
+from medusa_ext.loading.blocks import ExportedTensors
 from medusa_ext.loading.config import NO_HEADS, Config, from_hf, read_json
 from medusa_ext.loading.config import eos_ids as config_eos_ids
 from medusa_ext.loading.errors import LoadError
-from medusa_ext.loading.files import FLOAT_BYTES, SafetensorsTensors
+from medusa_ext.loading.files import FLOAT_BYTES
 from medusa_ext.loading.head_rows import keep_frequent
 from medusa_ext.loading.heads import Heads, HeadsInfo, heads_inside, open_heads
 from medusa_ext.loading.plan import Entry, TensorSet, base_shapes, head_shapes, majority_dtype
 from medusa_ext.loading.source import DEMO, DEMO_HEADS, Source, resolve
+from medusa_ext.loading.stored import Stored, choose_types
 
 FORMAT = "1"  # of the one-file form; medusa::load_model refuses others
 
@@ -26,7 +28,7 @@ class Checkpoint:
     source: Source
     config: Config
     entries: list[Entry]
-    stored_dtype: str  # "f32", "f16" or "bf16"
+    stored_dtype: str  # "f32", "f16" or "bf16": what dtype "auto" is
     heads_info: HeadsInfo | None
     raw: Config = field(default_factory=dict)  # config.json where there is one
     gguf: Any = None  # the open GgufFile, whose metadata holds the tokenizer
@@ -59,9 +61,11 @@ class Checkpoint:
             return config_eos_ids(ids, vocab_size, f"{self.source.path}: medusa_ext.eos_ids")
         return hf.read_eos_ids(self.source.path, self.raw, self.tokenizer, vocab_size)
 
-    def dtype(self, wanted: str) -> str:
-        """The type of weights and cache in memory; "auto" is the stored one."""
-        return self.stored_dtype if wanted == "auto" else wanted
+    def stored(self, weights: str = "auto", dtype: str = "auto", kind: str = "cpu") -> Stored:
+        """The types in memory on a kind of device; arguments and errors as `choose_types`."""
+        return choose_types(
+            self.entries, self.stored_dtype, weights=weights, dtype=dtype, kind=kind
+        )
 
     def special_ids(self) -> set[int]:
         """Special and added tokens, end of sequence included."""
@@ -151,7 +155,7 @@ def _open_gguf(source: Source, with_heads: bool) -> tuple[Checkpoint, Heads | No
 
 
 def _open_export(source: Source, with_heads: bool) -> tuple[Checkpoint, Heads | None]:
-    file = SafetensorsTensors(source.path)
+    file = ExportedTensors(source.path)
     metadata = file.metadata
     found = metadata.get("medusa_ext.format")
     if found is None:

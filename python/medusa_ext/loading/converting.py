@@ -24,7 +24,7 @@ from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.exporting import CALIBRATION_FILE, write_tensors
 from medusa_ext.loading.files import FLOAT_BYTES, ArrayTensors, PickledTensors, SafetensorsTensors
 from medusa_ext.loading.heads import Heads, open_heads
-from medusa_ext.loading.plan import Entry, TensorSet
+from medusa_ext.loading.plan import Entry, TensorSet, can_expand
 from medusa_ext.loading.source import Source, resolve
 
 FORMATS = "ABCDEF"
@@ -415,9 +415,7 @@ def _widened(array: NDArray[Any], stored: str) -> NDArray[np.uint32]:
 
 def _write_weights(path: Path, entries: list[Entry]) -> None:
     for entry in entries:
-        written = entry.dtype in (*FLOAT_BYTES, "i32") or getattr(
-            entry.file, "expands", lambda _: False
-        )(entry.dtype)
+        written = entry.dtype in (*FLOAT_BYTES, "i32") or can_expand(entry.file, entry.dtype)
         if not written:
             raise LoadError(
                 f"{entry.file.path}: tensor {entry.key} is stored as {entry.dtype}; f32, f16, bf16 "

@@ -4,18 +4,23 @@ import json
 import os
 import struct
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
 
+from medusa_ext.loading.blocks import BLOCKS_KEY, blocks_to_json, row_bytes
 from medusa_ext.loading.checkpoint import FORMAT, Checkpoint, open_checkpoint
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.files import FLOAT_BYTES
 from medusa_ext.loading.plan import Entry, count, to_json
 from medusa_ext.loading.source import Source
+from medusa_ext.loading.stored import Stored
 from medusa_ext.loading.tokenizer import to_metadata
+from medusa_ext.options import choice
 
 CALIBRATION_FILE = "calibration.json"  # beside heads, see medusa_ext/calibration/file.py
 CALIBRATION_KEY = "medusa_ext.calibration"  # its text in the one-file form
@@ -27,19 +32,21 @@ def export(
     heads: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     *,
+    weights: str = "auto",
     head_vocab: int | None = None,
     **hub: object,
 ) -> Path:
     """Write a model, its heads and its tokenizer as one file.
 
-    Tensors keep the type they are stored in; blocks of a quantised GGUF become bf16. They are
-    written one at a time to a temporary file beside `out`, which takes its place only when it is
-    complete.
+    Tensors keep the type they are stored in; blocks that cannot be used as they are become bf16.
+    They are written one at a time to a temporary file beside `out`, which takes its place only when
+    it is complete.
 
     Args:
         model: what `load_model` takes.
         heads: what `load_model` takes.
         out: the file to write, ending in .safetensors; an existing file is replaced.
+        weights: "auto", or "bf16", "f16" or "f32" to expand all blocks to that type, as GPUs need.
         head_vocab: what `load_model` takes.
         **hub: local_files_only, cache_dir and revision of `resolve`.
 
@@ -54,15 +61,17 @@ def export(
         raise LoadError(f"cannot export to {path}; wanted a file name ending in .safetensors")
     if path.is_dir() or not path.parent.is_dir():
         raise LoadError(f"cannot export to {path}; wanted a file in an existing directory")
+    choice("weights", weights, ("auto", *FLOAT_BYTES))
     checkpoint = open_checkpoint(model, heads, head_vocab=head_vocab, **hub)
-    metadata = _metadata(checkpoint)
+    stored = checkpoint.stored(weights)
+    metadata = _metadata(checkpoint, stored)
     try:
         descriptor, name = tempfile.mkstemp(
             prefix=f".{path.name}.", suffix=".partial", dir=path.parent
         )
         try:
             with os.fdopen(descriptor, "wb") as file:
-                write_tensors(file, checkpoint.entries, metadata, checkpoint.stored_dtype)
+                write_tensors(file, checkpoint.entries, metadata, stored.dtype, stored.blocks)
             Path(name).chmod(0o666 & ~_umask())
             Path(name).replace(path)
         except BaseException:
@@ -74,14 +83,15 @@ def export(
     return path
 
 
-def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+def _metadata(checkpoint: Checkpoint, stored: Stored) -> dict[str, str]:
     tokenizer = checkpoint.tokenizer
     return {
         "medusa_ext.format": FORMAT,
         "medusa_ext.config": to_json(checkpoint.config),
-        "medusa_ext.dtype": checkpoint.stored_dtype,
+        "medusa_ext.dtype": stored.dtype,
         "medusa_ext.eos_ids": json.dumps(checkpoint.eos_ids),
         **(to_metadata(tokenizer) if tokenizer is not None else {}),
+        **({BLOCKS_KEY: blocks_to_json(stored.blocks)} if stored.blocks else {}),
         **_calibration(checkpoint),
     }
 
@@ -100,17 +110,29 @@ def _calibration(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def write_tensors(
-    file: BinaryIO, entries: list[Entry], metadata: dict[str, str], expanded: str
+    file: BinaryIO,
+    entries: list[Entry],
+    metadata: dict[str, str],
+    expanded: str,
+    blocks: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write a safetensors file, one tensor at a time; blocks become `expanded`."""
+    """Write a safetensors file, one tensor at a time.
+
+    Those that `blocks` names are written as the blocks that they are; others become `expanded`.
+    """
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for entry in sorted(entries, key=lambda entry: entry.name):
-        stored = _stored(entry, expanded)
-        size = count(entry.shape) * (4 if stored == "i32" else FLOAT_BYTES[stored])
+        if entry.name in blocks:
+            word, shape = "U8", [entry.shape[0], row_bytes(entry.dtype, entry.shape[1])]
+            size = shape[0] * shape[1]
+        else:
+            stored = _stored(entry, expanded)
+            word, shape = _WORDS[stored], list(entry.shape)
+            size = count(entry.shape) * (4 if stored == "i32" else FLOAT_BYTES[stored])
         header[entry.name] = {
-            "dtype": _WORDS[stored],
-            "shape": list(entry.shape),
+            "dtype": word,
+            "shape": shape,
             "data_offsets": [offset, offset + size],
         }
         offset += size
@@ -118,7 +140,10 @@ def write_tensors(
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     file.write(struct.pack("<Q", len(text)) + text)
     for entry in sorted(entries, key=lambda entry: entry.name):
-        array, _ = entry.read(_stored(entry, expanded))
+        if entry.name in blocks:
+            array = entry.read_blocks()
+        else:
+            array, _ = entry.read(_stored(entry, expanded))
         file.write(array.reshape(-1).view(np.uint8).data)  # tofile hides why a disk refuses
         del array
         entry.file.release(entry.key)

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,17 @@ class TensorFile(Protocol):
 
     def release(self, name: str) -> None:
         """The values are not needed any more."""
+
+
+@runtime_checkable
+class BlockFile(TensorFile, Protocol):
+    """A file some of whose tensors lie in blocks (blocks.py); `dtype` gives the type of these."""
+
+    def expands(self, dtype: str) -> bool:
+        """Whether `read` expands blocks of this type."""
+
+    def read_blocks(self, name: str) -> NDArray[np.uint8]:
+        """The blocks as they are, [rows, bytes]; LoadError where a scale is no finite number."""
 
 
 class SafetensorsTensors:

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from medusa_ext.loading.blocks import round_bf16, scales_are_finite
 from medusa_ext.loading.config import MAX_HEAD_DIM, MAX_LAYERS, NO_HEADS, Config, Fields
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.files import drop_pages
@@ -166,6 +167,13 @@ class GgufFile:
             return np.asarray(tensor.data), stored
         return self._expand(name, dtype), dtype
 
+    def read_blocks(self, name: str) -> NDArray[np.uint8]:
+        """See BlockFile."""
+        rows: NDArray[np.uint8] = np.asarray(self.tensors[name].data)
+        if not scales_are_finite(self.dtype(name), rows):
+            raise LoadError(f"{self.path}: tensor {name} holds scales that are no finite numbers")
+        return rows
+
     def _expand(self, name: str, dtype: str) -> NDArray[Any]:
         tensor, shape = self.tensors[name], self.shape(name)
         out = np.empty(shape, {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[dtype])
@@ -191,14 +199,6 @@ class GgufFile:
         if isinstance(self.file_map, mmap.mmap):
             data = self.tensors[name].data
             drop_pages(data.ctypes.data, data.nbytes)
-
-
-def round_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """F32 -> bf16 bits, to nearest even; the values are finite."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded: NDArray[np.uint32] = (bits + (np.uint32(0x7FFF) + odd)) >> np.uint32(16)
-    return rounded.astype(np.uint16)
 
 
 def read_config(file: GgufFile) -> Config:

@@ -7,8 +7,9 @@ from typing import Any
 from medusa_ext.loading.checkpoint import Checkpoint, open_checkpoint
 from medusa_ext.loading.files import FLOAT_BYTES
 from medusa_ext.loading.heads import HeadsInfo
-from medusa_ext.loading.plan import count, weight_bytes
+from medusa_ext.loading.plan import count
 from medusa_ext.loading.source import Source
+from medusa_ext.loading.stored import Stored, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Inspection:
     format: str  # "Hugging Face directory", "GGUF" or "medusa_ext export"
     family: str
     stored_types: dict[str, int]  # type in the file -> bytes
-    dtype: str  # in memory
+    weights: str  # types in memory: "q4_1, q8_0"
+    dtype: str  # of the cache, and of weights that are not in blocks
     num_parameters: int  # without heads
     num_layers: int
     hidden_size: int
@@ -50,7 +52,7 @@ def inspect(
     head_vocab: int | None = None,
     **hub: Any,  # noqa: ANN401 - options of resolve
 ) -> Inspection:
-    """Describe what `load_model` would load; no weight is read.
+    """Describe what `load_model` would load on a CPU; no weight is read.
 
     Args:
         path: what `load_model` takes.
@@ -61,28 +63,30 @@ def inspect(
     Raises:
         LoadError: whatever `load_model` would refuse before it reads weights.
     """
-    return describe(open_checkpoint(path, heads, head_vocab=head_vocab, **hub))
+    checkpoint = open_checkpoint(path, heads, head_vocab=head_vocab, **hub)
+    return describe(checkpoint, checkpoint.stored())
 
 
-def describe(checkpoint: Checkpoint, dtype: str = "auto") -> Inspection:
-    """Describe what `load_checkpoint` would load."""
-    config, dtype = checkpoint.config, checkpoint.dtype(dtype)
-    stored: dict[str, int] = {}
+def describe(checkpoint: Checkpoint, stored: Stored) -> Inspection:
+    """Describe what `load_checkpoint` would load, in the types chosen by `Checkpoint.stored`."""
+    config = checkpoint.config
+    types: dict[str, int] = {}
     sizes = {True: 0, False: 0}  # elements, by "is part of the heads"
     for entry in checkpoint.entries:
-        stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.file.num_bytes(entry.key)
+        types[entry.dtype] = types.get(entry.dtype, 0) + entry.file.num_bytes(entry.key)
         sizes[entry.name.startswith("heads.")] += count(entry.shape)
-    row = config["num_kv_heads"] * config["head_dim"] * FLOAT_BYTES[dtype]
+    row = config["num_kv_heads"] * config["head_dim"] * FLOAT_BYTES[stored.dtype]
     kinds = {"directory": "Hugging Face directory", "gguf": "GGUF", "export": "medusa_ext export"}
     return Inspection(
         path=str(checkpoint.source.path),
         format=kinds[checkpoint.source.kind],
-        stored_types=stored,
-        dtype=dtype,
+        stored_types=types,
+        weights=stored.text,
+        dtype=stored.dtype,
         num_parameters=sizes[False],
         heads=checkpoint.heads_info,
         num_head_parameters=sizes[True],
-        weight_bytes=sum(weight_bytes(checkpoint.entries, dtype)),
+        weight_bytes=sum(weight_bytes(checkpoint.entries, stored)),
         cache_bytes_per_1000_tokens=1000 * 2 * config["num_layers"] * row,
         **{
             key: config[key]

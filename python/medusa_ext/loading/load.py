@@ -4,14 +4,16 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from numpy.typing import NDArray
+
 from medusa_ext import _core
+from medusa_ext.device import kind_of
 from medusa_ext.loading.checkpoint import Checkpoint, open_checkpoint
 from medusa_ext.loading.config import Config
-from medusa_ext.loading.errors import LoadError
-from medusa_ext.loading.files import FLOAT_BYTES
 from medusa_ext.loading.heads import HeadsInfo
-from medusa_ext.loading.plan import to_json
+from medusa_ext.loading.plan import Entry, to_json
 from medusa_ext.loading.source import Source
+from medusa_ext.loading.stored import Stored, check_types
 
 
 @dataclass
@@ -24,7 +26,7 @@ class LoadedModel:
     config: Config  # canonical, as model.config
     eos_ids: list[int]
     heads_info: HeadsInfo | None
-    weights_dtype: str  # in memory: "f32", "f16" or "bf16"
+    stored: Stored  # types in memory
     source: Source
 
 
@@ -33,6 +35,7 @@ def load_model(
     heads: str | os.PathLike[str] | None = "auto",
     *,
     head_vocab: int | None = None,
+    weights: str = "auto",
     dtype: str = "auto",
     backend: _core.Backend,
     **hub: Any,  # noqa: ANN401 - options of resolve
@@ -45,52 +48,60 @@ def load_model(
         heads: a directory or hub id, None for none, "auto" for those that come with the model, if
             any.
         head_vocab: rows to keep of each head's own lm_head, the most frequent tokens'; None: all.
-        dtype: of weights and cache in memory: "f32", "f16", "bf16", or "auto" for the file's own
-            (bf16 where it is quantised).
+        weights: in memory: "auto" for the file's own (blocks of a quantised file stay as they are
+            on a CPU), "q8" or "q4" to quantise them (on a CPU alone), or "f32", "f16" or "bf16".
+        dtype: of the cache, and of weights that are not in blocks: "f32", "f16", "bf16", or "auto"
+            for the file's own (bf16 where it is quantised).
         backend: where the weights go.
         **hub: local_files_only, cache_dir and revision of `resolve`.
 
     Raises:
         LoadError: one line that names the file and what is wrong with it; nothing stays in memory.
+        NotImplementedError: weights in blocks on a GPU.
     """
-    _check_dtype(dtype)
+    check_types(weights, dtype)
     checkpoint = open_checkpoint(model, heads, head_vocab=head_vocab, **hub)
-    return load_checkpoint(checkpoint, dtype=dtype, backend=backend)
+    return load_checkpoint(checkpoint, weights=weights, dtype=dtype, backend=backend)
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, *, dtype: str = "auto", backend: _core.Backend
+    checkpoint: Checkpoint, *, weights: str = "auto", dtype: str = "auto", backend: _core.Backend
 ) -> LoadedModel:
-    """Load what `open_checkpoint` found and checked; dtype, backend and errors as `load_model`."""
-    _check_dtype(dtype)
+    """Load what `open_checkpoint` found and checked; other arguments and errors as `load_model`."""
+    stored = checkpoint.stored(weights, dtype, kind_of(backend.name))
     tokenizer, eos_ids = checkpoint.tokenizer, checkpoint.eos_ids  # refused before weights are read
-    chosen = checkpoint.dtype(dtype)
     return LoadedModel(
-        model=build(checkpoint, chosen, backend),
+        model=build(checkpoint, stored, backend),
         tokenizer=tokenizer,
         chat_template=_template(tokenizer),
         config=checkpoint.config,
         eos_ids=eos_ids,
         heads_info=checkpoint.heads_info,
-        weights_dtype=chosen,
+        stored=stored,
         source=checkpoint.source,
     )
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype != "auto" and dtype not in FLOAT_BYTES:
-        raise LoadError(f"dtype is {dtype!r}; wanted one of auto, {', '.join(FLOAT_BYTES)}")
-
-
-def build(checkpoint: Checkpoint, dtype: str, backend: _core.Backend) -> _core.Model:
+def build(checkpoint: Checkpoint, stored: Stored, backend: _core.Backend) -> _core.Model:
     """Read every tensor into the backend's layout; each page of the file is let go once packed."""
-    builder = _core.ModelBuilder(to_json(checkpoint.config), dtype, backend)
+    config = to_json(checkpoint.config)
+    builder = _core.ModelBuilder(config, stored.dtype, backend, stored.blocks)
     for entry in checkpoint.entries:
-        array, stored = entry.read(dtype)
-        builder.add(entry.name, array, "bf16" if stored == "bf16" else None)
+        array, given = _read(entry, stored)
+        builder.add(entry.name, array, given)
         del array
         entry.file.release(entry.key)
     return builder.finish()
+
+
+def _read(entry: Entry, stored: Stored) -> tuple[NDArray[Any], str | None]:
+    """What the builder takes: the array, and its type where NumPy cannot tell it."""
+    kind = stored.blocks.get(entry.name)
+    if kind is not None and entry.dtype == kind:
+        return entry.read_blocks(), kind
+    # What is quantised is not rounded before.
+    array, given = entry.read(stored.dtype if kind is None else "f32")
+    return array, "bf16" if given == "bf16" else None
 
 
 def _template(tokenizer: Any) -> str | None:  # noqa: ANN401 - a transformers tokenizer

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from medusa_ext.loading.config import MAX_LAYERS
 from medusa_ext.loading.errors import LoadError, shape_text
-from medusa_ext.loading.files import FLOAT_BYTES, TensorFile
+from medusa_ext.loading.files import FLOAT_BYTES, BlockFile, TensorFile
 
 Shape = tuple[int, ...]
 Convert = Callable[[NDArray[Any]], NDArray[Any]]
@@ -34,9 +34,17 @@ class Entry:
     def read(self, dtype: str) -> tuple[NDArray[Any], str]:
         """The values, C-contiguous, and their type; `dtype` is what quantised blocks expand to."""
         array, stored = self.file.read(self.key, dtype)
+        return self._converted(array), stored
+
+    def read_blocks(self) -> NDArray[np.uint8]:
+        """The stored blocks [rows, bytes], C-contiguous; only rows move, so they stay whole."""
+        assert isinstance(self.file, BlockFile)
+        return self._converted(self.file.read_blocks(self.key))
+
+    def _converted(self, array: NDArray[Any]) -> NDArray[Any]:
         if self.convert is not None:
             array = self.convert(array)
-        return np.ascontiguousarray(array), stored
+        return np.ascontiguousarray(array)
 
 
 def chosen_rows(rows: NDArray[Any], before: Convert | None = None) -> Convert:
@@ -99,7 +107,7 @@ class TensorSet:
                 f"{shape_text(shape)}"
             )
         stored = file.dtype(key)
-        if stored not in FLOAT_BYTES and not getattr(file, "expands", lambda _: False)(stored):
+        if stored not in FLOAT_BYTES and not can_expand(file, stored):
             raise LoadError(
                 f"{file.path}: tensor {key} is stored as {stored}; f32, f16 and bf16 are read"
             )
@@ -180,18 +188,13 @@ def count(shape: Shape) -> int:
     return total
 
 
-def weight_bytes(entries: Iterable[Entry], dtype: str) -> tuple[int, int]:
-    """Bytes of the model and of its heads in memory, but for what layouts are padded by."""
-    sizes = [0, 0]
-    for entry in entries:
-        # Gains, biases and token maps stay 4 bytes wide.
-        width = FLOAT_BYTES[dtype] if len(entry.shape) == 2 else 4
-        sizes[entry.name.startswith("heads.")] += count(entry.shape) * width
-    return sizes[0], sizes[1]
+def can_expand(file: TensorFile, dtype: str) -> bool:
+    """Whether a file reads blocks of this type as floats."""
+    return isinstance(file, BlockFile) and file.expands(dtype)
 
 
 def majority_dtype(entries: Iterable[Entry]) -> str:
-    """The float type that most bytes are stored in; any block-quantised tensor makes it bf16."""
+    """The float type that most bytes are stored in; any tensor in blocks makes it bf16."""
     sizes = dict.fromkeys(FLOAT_BYTES, 0)
     for entry in entries:
         if entry.dtype not in FLOAT_BYTES:

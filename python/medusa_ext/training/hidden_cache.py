@@ -136,7 +136,12 @@ def open_hidden_states(
     with lock_folder(folder, wait=True):
         missing = [index for index, path in enumerate(paths) if not path.is_file()]
         if missing:
-            loaded = load_checkpoint(checkpoint, backend=open_device("auto", threads=threads)).model
+            # Blocks are expanded, so that the states are the same on every device.
+            loaded = load_checkpoint(
+                checkpoint,
+                weights=checkpoint.stored_dtype,
+                backend=open_device("auto", threads=threads),
+            ).model
             total = sum(len(record.ids) for index in missing for record in shards[index])
             done = 0
             for index in missing:
