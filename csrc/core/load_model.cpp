@@ -1,7 +1,10 @@
 // Models that C++ gets by itself: from the one-file export form, or random ones for benchmarks.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
+#include <map>
 #include <utility>
 
 #include "core/json.h"
@@ -18,6 +21,36 @@ const std::string& metadata_value(const SafetensorsFile& file, const std::string
   MEDUSA_CHECK_ARG(found != file.metadata().end(), file.path(), ": its metadata has no \"", key,
                    "\"; wanted a file that `medusa-ext export` wrote");
   return found->second;
+}
+
+// The types of tensors that lie in blocks, each checked against its tensor.
+std::map<std::string, DType> read_blocks(const SafetensorsFile& file) {
+  const std::string key = "medusa_ext.blocks";
+  std::map<std::string, DType> blocks;
+  const auto found = file.metadata().find(key);
+  if (found == file.metadata().end()) return blocks;
+  const json::Value value = json::parse(found->second, key);
+  for (const auto& [name, type] : value.as_object(key)) {
+    MEDUSA_CHECK_ARG(std::count(file.names().begin(), file.names().end(), name) == 1, key,
+                     " names the tensor ", json::quote(name), ", which the file does not hold");
+    const std::string& word = type.as_string(key);
+    const DType dtype = parse_weight_dtype(word);
+    const SafetensorsTensor& tensor = file.tensor(name);
+    MEDUSA_CHECK_ARG(is_block(dtype), "tensor ", name, ": ", key, " gives ", word,
+                     ", which is no type of blocks");
+    MEDUSA_CHECK_ARG(tensor.dtype == "U8" && tensor.shape.size() == 2 &&
+                         tensor.shape[1] % block_bytes(dtype) == 0,
+                     "tensor ", name, ": found dtype ", tensor.dtype, " in rows of ",
+                     tensor.shape.empty() ? 0 : tensor.shape.back(), "; wanted ", word,
+                     " blocks as U8 [rows, a multiple of ", block_bytes(dtype), "]");
+    blocks[name] = dtype;
+  }
+  return blocks;
+}
+
+TensorView block_view(const SafetensorsTensor& tensor, DType dtype) {
+  return {const_cast<std::byte*>(tensor.data), dtype, tensor.shape[0],
+          tensor.shape[1] / block_bytes(dtype) * block_elements(dtype)};
 }
 
 TensorView view_of(const std::string& name, const SafetensorsTensor& tensor) {
@@ -78,13 +111,21 @@ std::unique_ptr<Model> load_model(const std::string& path, std::optional<DType> 
   try {
     const ModelConfig config = ModelConfig::from_json(metadata_value(file, "medusa_ext.config"));
     std::vector<int32_t> eos_ids = read_eos_ids(file, config.vocab_size);
+    const std::map<std::string, DType> blocks = read_blocks(file);
+    if (const auto found = file.metadata().find("medusa_ext.dtype");
+        !dtype && found != file.metadata().end()) {
+      dtype = parse_dtype(found->second);
+    }
     if (!dtype) {
       const std::string name = "embed_tokens.weight";
       dtype = view_of(name, file.tensor(name)).dtype;
     }
-    ModelBuilder builder(config, *dtype, std::move(backend));
+    ModelBuilder builder(config, *dtype, std::move(backend), blocks);
     for (const std::string& name : file.names()) {
-      builder.add(name, view_of(name, file.tensor(name)));
+      const SafetensorsTensor& tensor = file.tensor(name);
+      const auto type = blocks.find(name);
+      builder.add(name,
+                  type == blocks.end() ? view_of(name, tensor) : block_view(tensor, type->second));
       file.release(name);  // packed now: the copy in the mapping must not stay resident
     }
     std::unique_ptr<Model> model = builder.finish();
@@ -95,11 +136,69 @@ std::unique_ptr<Model> load_model(const std::string& path, std::optional<DType> 
   }
 }
 
+namespace {
+
+// The matrices of a model whose rows whole blocks fill, by name.
+std::map<std::string, DType> matrices_in_blocks(const ModelConfig& config, DType type) {
+  std::map<std::string, DType> blocks;
+  const auto put = [&](const std::string& name, int64_t num_inputs) {
+    if (num_inputs % block_elements(type) == 0) blocks[name + ".weight"] = type;
+  };
+  const int64_t d = config.hidden_size;
+  put("embed_tokens", d);
+  if (!config.tied_embeddings) put("lm_head", d);
+  for (int i = 0; i < config.num_layers; ++i) {
+    const std::string layer = concat("layers.", i, ".");
+    for (const char* part : {"q", "k", "v", "gate", "up"}) put(layer + part + "_proj", d);
+    put(layer + "o_proj", int64_t{config.num_heads} * config.head_dim);
+    put(layer + "down_proj", config.intermediate_size);
+  }
+  for (int h = 0; h < config.heads.num_heads; ++h) {
+    for (int l = 0; l < config.heads.num_layers; ++l) put(concat("heads.", h, ".", l), d);
+    if (!config.heads.shared_lm_head) put(concat("heads.", h, ".lm_head"), d);
+  }
+  return blocks;
+}
+
+// The bits of a positive f16 number.
+uint16_t positive_f16(float value) {
+  const int exponent = std::max(std::ilogb(value), -14);
+  const auto digits = static_cast<int>(std::lround(std::ldexp(value, 10 - exponent)));
+  return static_cast<uint16_t>((exponent + 14) * 1024 + digits);
+}
+
+// q4_k blocks of random scales, minima and values, about N(0, scale^2): d s q - n t with s and t
+// in [0, 63] and q in [0, 15] has mean 0 where n = 7.5 d, and then the deviation 258 d.
+TensorView random_q4_k(std::vector<uint8_t>& storage, const std::vector<int64_t>& shape,
+                       float scale, NormalValues& normal) {
+  TensorView view(nullptr, DType::q4_k, shape[0], shape[1]);
+  const auto num_bytes = static_cast<size_t>(view.num_bytes());
+  if (storage.size() < num_bytes) storage.resize(num_bytes);
+  view.data = storage.data();
+  normal.fill(storage.data(), view.num_bytes(), [](float value) {
+    return static_cast<uint8_t>(std::bit_cast<uint32_t>(value) >> 8);
+  });
+  const uint16_t head[2] = {positive_f16(scale / 258.0f), positive_f16(7.5f * scale / 258.0f)};
+  for (size_t at = 0; at < num_bytes; at += static_cast<size_t>(block_bytes(DType::q4_k))) {
+    std::memcpy(storage.data() + at, head, sizeof(head));
+  }
+  return view;
+}
+
+}  // namespace
+
 std::unique_ptr<Model> random_model(const ModelConfig& config, DType dtype, uint64_t seed,
-                                    std::shared_ptr<Backend> backend) {
-  ModelBuilder builder(config, dtype, std::move(backend));
+                                    std::shared_ptr<Backend> backend,
+                                    std::optional<DType> weights) {
+  std::map<std::string, DType> blocks;
+  if (weights && is_block(*weights)) blocks = matrices_in_blocks(config, *weights);
+  MEDUSA_CHECK_ARG(!weights || is_block(*weights) || *weights == dtype,
+                   "random_model: weights are ", dtype_name(*weights), ", dtype is ",
+                   dtype_name(dtype), "; give the same type, or blocks");
+  ModelBuilder builder(config, dtype, std::move(backend), blocks);
   NormalValues normal(seed);
   std::vector<float> f32;
+  std::vector<uint8_t> bytes;
   std::vector<uint16_t> bf16;
   std::vector<int32_t> i32;
   for (const auto& [name, shape] : builder.missing()) {
@@ -113,6 +212,11 @@ std::unique_ptr<Model> random_model(const ModelConfig& config, DType dtype, uint
     }
     const bool matrix = shape.size() == 2;
     const float scale = matrix ? 1.0f / std::sqrt(static_cast<float>(shape[1])) : 0.02f;
+    const auto block = blocks.find(name);
+    if (block != blocks.end() && block->second == DType::q4_k) {
+      builder.add(name, random_q4_k(bytes, shape, scale, normal));
+      continue;
+    }
     if (matrix && dtype == DType::bf16) {
       const TensorView view = sized(bf16, DType::bf16, shape);
       normal.fill(view.as<uint16_t>(), view.num_elements(),

@@ -80,13 +80,17 @@ class ModelBuilder {
 
 // The one file that `medusa-ext export` writes: safetensors with the tensors above and, in its
 // metadata, the keys "medusa_ext.format" ("1"), "medusa_ext.config" (ModelConfig as JSON) and, if
-// known, "medusa_ext.eos_ids" (a JSON array); further keys are the tokenizer's and ignored here.
-// dtype nullopt: as the file stores its embedding.
+// known, "medusa_ext.eos_ids" (a JSON array), "medusa_ext.dtype" and "medusa_ext.blocks" (a JSON
+// object: block type by tensor, each of which is U8 [rows, bytes] and stays in its blocks); further
+// keys are the tokenizer's and ignored here.
+// dtype, of what is not in blocks, nullopt: as "medusa_ext.dtype" says, else as the embedding.
 std::unique_ptr<Model> load_model(const std::string& path, std::optional<DType> dtype,
                                   std::shared_ptr<Backend> backend);
 
-// Random weights of this shape, for benchmarks.
+// Random weights of this shape, for benchmarks and tests. weights: block type of all matrices whose
+// rows whole blocks fill; nullopt: `dtype`.
 std::unique_ptr<Model> random_model(const ModelConfig& config, DType dtype, uint64_t seed,
-                                    std::shared_ptr<Backend> backend);
+                                    std::shared_ptr<Backend> backend,
+                                    std::optional<DType> weights = std::nullopt);
 
 }  // namespace medusa

@@ -169,12 +169,14 @@ void bind_model(py::module_& m) {
   m.def(
       "random_model",
       [](const std::string& config, const std::string& dtype, uint64_t seed,
-         std::shared_ptr<Backend> backend) {
-        return std::shared_ptr<Model>(random_model(ModelConfig::from_json(config),
-                                                   parse_dtype(dtype), seed, std::move(backend)));
+         std::shared_ptr<Backend> backend, const std::string& weights) {
+        std::optional<DType> stored;
+        if (!weights.empty()) stored = parse_weight_dtype(weights);
+        return std::shared_ptr<Model>(random_model(
+            ModelConfig::from_json(config), parse_dtype(dtype), seed, std::move(backend), stored));
       },
       py::arg("config"), py::arg("dtype"), py::arg("seed"), py::arg("backend").none(false),
-      Release());
+      py::arg("weights") = "", Release());
   m.def(
       "score",
       [](const Model& model, const std::vector<int64_t>& tokens, int chunk,

@@ -97,9 +97,13 @@ class Model:
     def backend(self) -> Backend: ...
 
 def load_model(path: str, dtype: str, backend: Backend) -> Model:
-    """Read a file that `medusa-ext export` wrote."""
+    """Read a file that `medusa-ext export` wrote; blocks stay as they are."""
 
-def random_model(config: str, dtype: str, seed: int, backend: Backend) -> Model: ...
+def random_model(
+    config: str, dtype: str, seed: int, backend: Backend, weights: str = ""
+) -> Model:
+    """Return a model of random weights; weights: block type of all matrices that allow it."""
+
 def score(
     model: Model,
     tokens: Sequence[int],
