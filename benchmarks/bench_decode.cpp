@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -23,6 +24,7 @@ constexpr int kRoom = kRepeatSteps * 8;  // tokens a text may grow by between tw
 struct Options {
   std::string file;  // "": random weights of `shape`
   NamedShape shape{};
+  std::optional<DType> weights;  // in blocks, of `shape`; a file has its own
   int heads = 0;  // -1: those of the model
   int head_vocab = 0;
   std::vector<int> contexts, batches, nodes;
@@ -59,6 +61,10 @@ Options take_options(Arguments& args, Common& common) {
   o.batches = args.counts("--batches", o.batches, 1, 64);
   o.nodes = args.counts("--nodes", o.nodes, 0, kMaxTreeNodes);
   std::sort(o.nodes.begin(), o.nodes.end());  // plain first: the others are held against it
+  if (const std::string name = args.text("--weights", ""); !name.empty()) {
+    o.weights = parse_weight_dtype(name);
+    MEDUSA_CHECK_ARG(o.file.empty(), "--weights is for --shape; a file has its own types");
+  }
   o.max_tokens = args.count("--max-tokens", 32768, 1, 1 << 24);
   if (device) o.prefill_chunk = 2048;
   o.even_if_wrong = args.flag("--even-if-wrong");
@@ -74,7 +80,12 @@ std::shared_ptr<const Model> make_model(const Options& o, const Common& common,
   config.heads.num_layers = o.heads > 0 ? 1 : 0;
   config.heads.shared_lm_head = o.heads == 0;
   config.heads.head_vocab = o.heads > 0 ? std::min(o.head_vocab, config.vocab_size) : 0;
-  return random_model(config, common.dtypes[0], 1, backend);
+  return random_model(config, common.dtypes[0], 1, backend, o.weights);
+}
+
+// The type of most weights.
+const char* weights_name(const Model& model) {
+  return dtype_name(model.layers[0].gate_up->dtype());
 }
 
 // Bytes of weights that a plain step reads: an embedding that is not lm_head too gives one row,
@@ -190,7 +201,7 @@ class DecodeBench {
     rows_.push_back(concat(
         "  {\"op\": \"decode\", \"shape\": ",
         json::quote(concat(name(), " batch ", batch, " context ", context, " nodes ", count)),
-        ", \"dtype\": ", json::quote(dtype_name(model_->dtype)),
+        ", \"dtype\": ", json::quote(weights_name(*model_)),
         ", \"error\": ", json::quote(problem), "}"));
   }
 
@@ -271,7 +282,7 @@ class DecodeBench {
     rows_.push_back(concat(
         "  {\"op\": \"decode\", \"shape\": ",
         json::quote(concat(name(), " batch ", batch, " context ", context, " nodes ", lane.nodes)),
-        ", \"dtype\": ", json::quote(dtype_name(model_->dtype)), ", \"batch\": ", batch,
+        ", \"dtype\": ", json::quote(weights_name(*model_)), ", \"batch\": ", batch,
         ", \"context\": ", context, ", \"nodes\": ", lane.nodes,
         ", \"median_us\": ", fixed(1e6 * time, 2), ", \"p25_ms\": ", low, ", \"p75_ms\": ", high,
         ", \"bytes\": ", fixed(bytes, 0), ", \"floor_ms\": ", ms(floor_s), ", \"floor_share\": ",
@@ -305,7 +316,7 @@ class DecodeBench {
   }
 
   void header(double accepted) const {
-    line(concat("# bench_decode: ", name(), ", ", dtype_name(model_->dtype), "\n\n",
+    line(concat("# bench_decode: ", name(), ", ", weights_name(*model_), "\n\n",
                 markdown(machine_), "- weights: ", mib(model_->weight_bytes()), " MiB resident, ",
                 mib(streamed_bytes(*model_)), " read by a plain step, ",
                 mib(head_bytes(*model_, heads_)), " more by ", heads_,
@@ -361,7 +372,8 @@ int main(int argc, char** argv) {
   const std::string usage = medusa::concat(
       "usage: bench_decode MODEL.safetensors | --shape NAME\n"
       "       [--contexts 128,...] [--batches 1,...] [--nodes 0,16,...] [--rounds N] [options]\n"
-      "       [--heads N] [--head-vocab N] [--max-tokens N] [--even-if-wrong]\n  NAME: ",
+      "       [--heads N] [--head-vocab N] [--max-tokens N] [--even-if-wrong]\n"
+      "       [--weights q8_0|q4_0|q4_1|q4_k]\n  NAME: ",
       kShapeNames,
       "; nodes 0: plain decoding; heads 0: guesses are random\n"
       "  --even-if-wrong: time what the check of exactness refused too; the table says so\n");

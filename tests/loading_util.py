@@ -303,11 +303,15 @@ def make_gguf(
     folder: Path,
     *,
     kind: str = "F32",
+    kinds: dict[str, str] | None = None,
     tokenizer: bool = True,
     metadata: dict[str, Any] | None = None,
     rope_freqs: np.ndarray | None = None,
 ) -> Path:
     """A Hugging Face directory (one safetensors file) as GGUF; matrices as `kind`, gains as F32.
+
+    `kinds` are those of single matrices, by the end of their name in the GGUF file. The package
+    cannot make Q4_K and Q6_K; those blocks are random.
 
     `metadata` adds keys after the architecture's prefix, such as {"rope.scaling.type": "linear"}.
     """
@@ -341,14 +345,30 @@ def make_gguf(
             values = pairs_from_halves(
                 values, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             )
-        stored = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
-        data = gguf.quantize(values, stored)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=stored)
+        name = gguf_name(name)
+        own = [other for end, other in (kinds or {}).items() if name.endswith(end)]
+        stored = gguf.GGMLQuantizationType[[kind, *own][-1] if values.ndim == 2 else "F32"]
+        if stored.name in ("Q4_K", "Q6_K"):
+            data = random_blocks(stored.name, *values.shape, seed=len(name))
+        else:
+            data = gguf.quantize(values, stored)
+        writer.add_tensor(name, data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def random_blocks(kind: str, rows: int, columns: int, seed: int) -> np.ndarray:
+    """Random blocks [rows, bytes] of the type Q4_K or Q6_K, with values below 1 or so."""
+    rng = np.random.default_rng(seed)
+    num_bytes, scales = {"Q4_K": (144, [0, 2]), "Q6_K": (210, [208])}[kind]
+    blocks = rng.integers(0, 256, (rows * columns // 256, num_bytes), dtype=np.uint8)
+    for at in scales:
+        scale = rng.uniform(1e-4, 4e-4, len(blocks)).astype(np.float16)
+        blocks[:, at : at + 2] = scale[:, None].view(np.uint8)
+    return blocks.reshape(rows, -1)
 
 
 def add_gguf_tokenizer(
@@ -393,17 +413,25 @@ def pairs_from_halves(values: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 class RecordingBuilder:
-    """Stands in for _core.ModelBuilder and keeps what it is given, as f32."""
+    """Stands in for _core.ModelBuilder and keeps what it is given, as f32; blocks in `raw` too."""
 
-    def __init__(self, config: str, dtype: str, backend: object) -> None:
-        self.config, self.dtype = json.loads(config), dtype
+    def __init__(self, config: str, dtype: str, backend: object, blocks: dict[str, str]) -> None:
+        self.config, self.dtype, self.blocks = json.loads(config), dtype, dict(blocks)
         self.tensors: dict[str, np.ndarray] = {}
+        self.raw: dict[str, np.ndarray] = {}
         self.types: dict[str, str] = {}
 
     def add(self, name: str, array: np.ndarray, dtype: str | None = None) -> None:
         assert name not in self.tensors, f"{name} was given twice"
         assert array.flags.c_contiguous
         self.types[name] = dtype or array.dtype.name
+        if array.dtype == np.uint8:
+            from gguf import GGMLQuantizationType, dequantize
+
+            assert dtype == self.blocks[name]
+            self.raw[name] = np.array(array)
+            self.tensors[name] = dequantize(array, GGMLQuantizationType[dtype.upper()])
+            return
         values = array.astype(np.uint32) << 16 if dtype == "bf16" else array
         self.tensors[name] = values.view(np.float32) if dtype == "bf16" else np.array(values)
 
@@ -411,10 +439,13 @@ class RecordingBuilder:
         return self
 
 
-def record(model: Any, heads: Any = "auto", *, dtype: str = "auto", **hub: Any) -> Any:
+def record(
+    model: Any, heads: Any = "auto", *, weights: str = "auto", dtype: str = "auto", **hub: Any
+) -> Any:
     """load_model, but the weights end in a RecordingBuilder: `.model.tensors`, `.model.config`."""
     with patch.object(load, "_core", SimpleNamespace(ModelBuilder=RecordingBuilder)):
-        return load.load_model(model, heads, dtype=dtype, backend=None, **hub)
+        backend: Any = SimpleNamespace(name="cpu")
+        return load.load_model(model, heads, weights=weights, dtype=dtype, backend=backend, **hub)
 
 
 def mappings_of(folder: Path) -> list[str]:

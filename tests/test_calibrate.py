@@ -32,7 +32,7 @@ from medusa_ext.calibration.report import print_report
 from medusa_ext.calibration.run import Request, _Measured, _Work, calibrate
 from medusa_ext.calibration.texts import Text
 from medusa_ext.calibration.tree_search import best_paths
-from medusa_ext.loading import export, load_model, open_checkpoint
+from medusa_ext.loading import Stored, export, load_model, open_checkpoint
 from medusa_ext.loading.exporting import CALIBRATION_FILE as FILE_NAME
 from medusa_ext.trees import named_tree
 
@@ -252,7 +252,28 @@ def test_the_nearest_number_of_threads(calibrated, tmp_path):
     config = open_checkpoint(calibrated.model, heads).config
     found = read_calibration(heads / FILE_NAME, config)
     asked = {1: 1, 2: 2, 3: 2, 4: 2, 6: 8, 8: 8, 16: 8}
-    assert {threads: found.nodes_for("cpu", "f32", threads) - 2 for threads in asked} == asked
+    stored = Stored("auto", "f32", {}, "f32")
+    assert {threads: found.nodes_for("cpu", stored, threads) - 2 for threads in asked} == asked
+
+
+def test_the_same_weights_are_nearer_than_the_same_threads(calibrated, tmp_path):
+    row = {"device": "cpu", "dtype": "f32", "threads": 1, "seconds": {}}
+    rows = [
+        row | {"weights": "q8_0", "threads": 8, "nodes": 3},
+        row | {"weights": "f32", "nodes": 4},
+        row | {"dtype": "bf16", "nodes": 5},  # of before there were blocks
+    ]
+    heads = with_file(calibrated, tmp_path / "heads", step_times=rows)
+    config = open_checkpoint(calibrated.model, heads).config
+    found = read_calibration(heads / FILE_NAME, config)
+    for text, dtype, nodes in [
+        ("q8_0", "f32", 3),
+        ("q8_0", "bf16", 3),
+        ("f32", "f32", 4),
+        ("bf16", "bf16", 5),
+        ("q4_1", "bf16", 5),
+    ]:
+        assert found.nodes_for("cpu", Stored("auto", dtype, {}, text), 1) == nodes
 
 
 def test_exported_files_carry_it(calibrated, tmp_path):

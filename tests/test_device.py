@@ -161,7 +161,9 @@ def test_trees_left_to_us_fit_the_device(tiny: Path, heads: Path) -> None:
 
 def sizes_of(checkpoint: Checkpoint, device: str = "cpu", **limits: int) -> Sizes:
     context = checkpoint.config["max_context"]
-    return Sizes(checkpoint, device, checkpoint.dtype("auto"), Limits(**limits).within(context))
+    return Sizes(
+        checkpoint, device, checkpoint.stored(kind=device), Limits(**limits).within(context)
+    )
 
 
 CASES = [
@@ -187,9 +189,8 @@ def test_the_plan_is_what_is_reserved(
         tree = tree_for(checkpoint.config, "auto", AUTO_NODES["cpu"])
         if guessing == "lookup":
             drafter = _core.prompt_lookup_drafter()
-        sizes = replace(
-            sizes_of(checkpoint, **limits), dtype=dtype, guesses=Guesses.of(tree, drafter)
-        )
+        sizes = replace(sizes_of(checkpoint, **limits), guesses=Guesses.of(tree, drafter))
+        sizes = sizes.with_types(dtype=dtype)
         assert workspace_bytes(sizes) == stats.workspace_bytes
         assert cache_bytes(sizes) == stats.cache_bytes
         planned = plan(sizes)
@@ -213,8 +214,8 @@ def test_advice_fits_and_is_the_most_that_does(tiny: Path, share: float) -> None
     alone = text.removesuffix(" would fit").split(" or ")
     for option in alone if " together" not in text else []:
         name, value = option.split("=")
-        if name == "dtype":
-            assert plan(replace(sizes, dtype=ast.literal_eval(value))).total <= room
+        if name in ("weights", "dtype"):
+            assert plan(sizes.with_types(**{name: ast.literal_eval(value)})).total <= room
         else:
             assert plan(sizes.changed(**{name: int(value)})).total <= room
             assert plan(sizes.changed(**{name: int(value) + 1})).total > room
@@ -225,7 +226,7 @@ def test_advice_to_change_several_options(tiny: Path) -> None:
         sizes_of(open_checkpoint(tiny, None), max_batch=64, cache_tokens=2**20, max_context=500),
         guesses=Guesses(64),
     )
-    least = replace(sizes, dtype="bf16", limits=Limits(1, 320))
+    least = replace(sizes.with_types(dtype="bf16"), limits=Limits(1, 320))
     text = advice(sizes, plan(least).total)
     assert text == 'dtype="bf16", max_batch=1 and max_context=320 together would fit'
     assert advice(sizes, 1000) == "no option makes it fit; take a smaller model or another device"

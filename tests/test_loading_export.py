@@ -30,7 +30,7 @@ def test_reading_it_back_changes_nothing(base, tmp_path):
     before, after = util.record(base), util.record(out)
     assert after.config == before.config
     assert after.eos_ids == before.eos_ids
-    assert after.weights_dtype == before.weights_dtype == "bf16"
+    assert after.stored.dtype == before.stored.dtype == "bf16"
     assert after.chat_template == before.chat_template == util.CHAT_TEMPLATE
     assert before.model.tensors.keys() == after.model.tensors.keys()
     for name, values in before.model.tensors.items():
@@ -96,10 +96,11 @@ def test_cpp_reads_it_by_itself(tmp_path, family):
     np.testing.assert_array_equal(logits[0], logits[2])
 
 
-def test_quantised_gguf_is_written_as_bf16(tmp_path):
+def test_blocks_are_written_as_bf16_where_asked(tmp_path):
+    """As GPUs need them; what `auto` writes is in test_loading_blocks.py."""
     folder = util.make_model(tmp_path / "hf", hidden_size=64, intermediate_size=96)
     source = util.make_gguf(tmp_path / "m.gguf", folder, kind="Q4_0")
-    out = export(source, None, tmp_path / "m.safetensors")
+    out = export(source, None, tmp_path / "m.safetensors", weights="bf16")
     with safe_open(out, "np") as file:
         metadata = file.metadata()
         assert json.loads(metadata["medusa_ext.config"])["family"] == "llama"
@@ -107,8 +108,8 @@ def test_quantised_gguf_is_written_as_bf16(tmp_path):
             file.get_slice(name).get_dtype() for name in file.offset_keys() if "proj" in name
         } == {"BF16"}
         assert file.get_slice("norm.weight").get_dtype() == "F32"
-    before, after = util.record(source), util.record(out)
-    assert before.weights_dtype == after.weights_dtype == "bf16"
+    before, after = util.record(source, weights="bf16"), util.record(out)
+    assert before.stored.text == after.stored.text == "bf16"
     for name, values in before.model.tensors.items():
         np.testing.assert_array_equal(after.model.tensors[name], values)
     assert (

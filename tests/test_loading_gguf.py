@@ -13,7 +13,8 @@ import torch
 import loading_util as util
 from medusa_ext import _core
 from medusa_ext.loading import LoadError, load_model
-from medusa_ext.loading.gguf import GgufFile, round_bf16
+from medusa_ext.loading.blocks import round_bf16
+from medusa_ext.loading.gguf import GgufFile
 from medusa_ext.loading.hf import stored_name
 
 
@@ -34,7 +35,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
 def test_same_as_the_directory(sources, tmp_path, family, kind, dtype):
     path = util.make_gguf(tmp_path / "m.gguf", sources[family], kind=kind)
     ours, theirs = util.record(path), util.record(sources[family])
-    assert ours.weights_dtype == dtype
+    assert ours.stored.dtype == dtype
     assert ours.model.tensors.keys() == theirs.model.tensors.keys()
     precision = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
     for name, values in theirs.model.tensors.items():
@@ -50,7 +51,10 @@ def test_same_as_the_directory(sources, tmp_path, family, kind, dtype):
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantised_blocks(sources, tmp_path, kind):
-    """bf16 in memory by default; the rounding is torch's, the blocks are the package's."""
+    """Expanded to a float type where it is asked for, or where nothing computes with the blocks.
+
+    The rounding is torch's, the blocks are the package's.
+    """
     path = util.make_gguf(tmp_path / "m.gguf", sources["qwen3"], kind=kind)
     stored = gguf.GGMLQuantizationType[kind]
     state = util.read_weights(sources["qwen3"])
@@ -61,14 +65,19 @@ def test_quantised_blocks(sources, tmp_path, kind):
             gguf.dequantize(gguf.quantize(values, stored), stored) if values.ndim == 2 else values
         )
     names = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-    for dtype in ("auto", *names):
-        loaded = util.record(path, dtype=dtype)
-        assert loaded.weights_dtype == ("bf16" if dtype == "auto" else dtype)
+    as_they_are = kind in ("Q8_0", "Q4_0", "Q4_1")
+    for weights in ("auto", *names):
+        loaded = util.record(path, weights=weights)
+        assert loaded.stored.dtype == ("bf16" if weights == "auto" else weights)
+        if weights == "auto" and as_they_are:
+            assert loaded.stored.text == kind.lower()
+            continue
+        assert not loaded.stored.blocks
         for name, key in (
             ("embed_tokens.weight", "token_embd.weight"),
             ("layers.1.down_proj.weight", "blk.1.ffn_down.weight"),
         ):
-            rounded = torch.tensor(wanted[key]).to(names[loaded.weights_dtype]).float()
+            rounded = torch.tensor(wanted[key]).to(names[loaded.stored.dtype]).float()
             np.testing.assert_array_equal(loaded.model.tensors[name].astype(np.float32), rounded)
         assert loaded.model.types["norm.weight"] == "float32"
 
@@ -244,7 +253,7 @@ def test_demo_weights_are_transformers(demo_path):
 @pytest.mark.checkpoint
 def test_demo_facts():
     loaded = load_model("demo", None, backend=_core.Backend(threads=1))
-    assert loaded.weights_dtype == loaded.model.dtype == "bf16"
+    assert loaded.stored.dtype == loaded.model.dtype == "bf16"
     assert loaded.eos_ids == [2]
     assert loaded.heads_info is None
     sizes = (

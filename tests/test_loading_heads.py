@@ -321,7 +321,7 @@ def test_fp8_weights_are_refused(make):
 def test_types_of_heads(make, letter, dtype):
     loaded = util.record(*make(letter, dtype=dtype))
     assert_heads(loaded, util.random_heads(dtype=dtype), 3, 1)
-    assert loaded.weights_dtype == "f32"  # the base model's
+    assert loaded.stored.dtype == "f32"  # the base model's
 
 
 # Format E alone

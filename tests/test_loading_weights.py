@@ -44,7 +44,7 @@ def test_every_layout(tmp_path, family, dtype, shards, pickled):
     state = util.random_state(util.make_config(family), 0, getattr(torch, dtype))
     loaded = util.record(tmp_path)
     short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
-    assert loaded.weights_dtype == loaded.model.dtype == short
+    assert loaded.stored.dtype == loaded.model.dtype == short
     assert_same_weights(loaded, state)
     assert len(loaded.model.tensors) == len(state)
     del loaded
@@ -105,10 +105,10 @@ def test_auto_dtype_is_what_most_bytes_are(tmp_path):
     mixed = {name: value.float() if value.ndim == 1 else value for name, value in state.items()}
     util.write_weights(tmp_path, mixed)
     loaded = util.record(tmp_path)
-    assert loaded.weights_dtype == "bf16"
+    assert loaded.stored.dtype == "bf16"
     assert loaded.model.types["norm.weight"] == "float32"
-    assert util.record(tmp_path, dtype="f16").weights_dtype == "f16"
-    with pytest.raises(LoadError, match="wanted one of auto, f32, f16, bf16"):
+    assert util.record(tmp_path, dtype="f16").stored.dtype == "f16"
+    with pytest.raises(ValueError, match="dtype must be 'auto' or 'bf16' or 'f16' or 'f32'"):
         util.record(tmp_path, dtype="int8")
 
 

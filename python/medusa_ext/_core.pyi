@@ -99,9 +99,7 @@ class Model:
 def load_model(path: str, dtype: str, backend: Backend) -> Model:
     """Read a file that `medusa-ext export` wrote; blocks stay as they are."""
 
-def random_model(
-    config: str, dtype: str, seed: int, backend: Backend, weights: str = ""
-) -> Model:
+def random_model(config: str, dtype: str, seed: int, backend: Backend, weights: str = "") -> Model:
     """Return a model of random weights; weights: block type of all matrices that allow it."""
 
 def score(

@@ -151,7 +151,7 @@ def read_calibration(path: Path, config: Mapping[str, Any]) -> Calibration:
 
 
 def weights_of(row: Mapping[str, Any]) -> str:
-    """The types of the weights of a row of step_times; rows from before there were blocks lack it."""
+    """The types of the weights of a row of step_times; old rows lack it and had one."""
     return str(row.get("weights") or row.get("dtype"))
 
 
