@@ -93,6 +93,7 @@ const char* weights_name(const Model& model) {
 int64_t streamed_bytes(const Model& model) {
   int64_t bytes = model.weight_bytes();
   if (model.lm_head) bytes -= model.embedding->num_bytes();
+  if (model.draft_lm_head) bytes -= model.draft_lm_head->num_bytes();
   for (const Head& head : model.heads) {
     for (const auto& block : head.blocks) bytes -= block->num_bytes();
     for (const auto& bias : head.biases) bytes -= bias->num_bytes();
@@ -108,7 +109,7 @@ int64_t head_bytes(const Model& model, int depth) {
     const Head& head = model.heads[static_cast<size_t>(i)];
     for (const auto& block : head.blocks) bytes += block->num_bytes();
     for (const auto& bias : head.biases) bytes += bias->num_bytes();
-    bytes += head.lm_head ? head.lm_head->num_bytes() : model.output().num_bytes();
+    bytes += head.lm_head ? head.lm_head->num_bytes() : model.draft_output().num_bytes();
   }
   return bytes;
 }

@@ -40,6 +40,7 @@ class Shape:
     heads: int = 0
     head_layers: int = 0
     head_vocab: int = 0  # rows of each head's own lm_head; 0: the model's is shared
+    draft_vocab: int = 0  # rows of the model's that shared heads choose among; 0: all
     logit_scale: float = 3.0  # standard deviation of the logits
 
 
@@ -51,7 +52,7 @@ SHAPES = [
     ),
     Shape("f16-one-window", "f16", windows=(24, 0), heads=2, head_vocab=97),
     Shape(
-        "f32-dynamic-rope", "f32", 80, 48, 56, 4, 1, 12, heads=2, head_layers=1,
+        "f32-dynamic-rope", "f32", 80, 48, 56, 4, 1, 12, heads=2, head_layers=1, draft_vocab=60,
         rope=(("dynamic_factor", 2.0), ("base", 1000.0), ("original_context", 48)),
     ),
     Shape(
@@ -98,7 +99,7 @@ def config_json(shape: Shape) -> str:
             "num_heads": shape.heads,
             "num_layers": shape.head_layers,
             "shared_lm_head": shape.head_vocab == 0,
-            "head_vocab": shape.head_vocab,
+            "head_vocab": shape.head_vocab or shape.draft_vocab,
         },
     }
     return json.dumps(config | dict(shape.config))
@@ -174,9 +175,13 @@ def tiny_weights(shape: Shape) -> dict[str, np.ndarray]:
             weights[f"heads.{head}.{layer}.bias"] = 0.1 * rng.standard_normal(d).astype(np.float32)
         if shape.head_vocab:
             weights[f"heads.{head}.lm_head.weight"] = matrix(shape.head_vocab, d)
-    if 0 < shape.head_vocab < shape.vocab:
-        ids = rng.permutation(shape.vocab)[: shape.head_vocab]
+    rows = shape.head_vocab or shape.draft_vocab
+    if 0 < rows < shape.vocab:
+        ids = rng.permutation(shape.vocab)[:rows]
         weights["heads.token_map"] = ids.astype(np.int32)
+        if shape.draft_vocab:
+            own = "embed_tokens" if config["tied_embeddings"] else "lm_head"
+            weights["heads.draft_lm_head.weight"] = weights[f"{own}.weight"][ids]
     return weights
 
 

@@ -235,12 +235,15 @@ BAD = [
     (["generate", "x", "--model", "nobody/no-such-model"], "the hub cannot serve it"),
     (["generate", "x", "--device", "tpu"], "device must be"),
     (["generate", "x", "--device", "cuda", "--threads", "2"], "threads=2 is for the CPU"),
-    (["generate", "x", "--head-vocab", "0"], "head_vocab must be an integer of 1 or more, got 0"),
+    (
+        ["generate", "x", "--head-vocab", "0"],
+        'head_vocab must be "auto", None or an integer of 1 or more, got 0',
+    ),
     (
         ["chat", "--heads", "none", "--head-vocab", "9"],
         "head_vocab 9 needs Medusa heads, and there are none",
     ),
-    (["export", "demo", "out.safetensors", "--head-vocab", "9"], "which must stay whole"),
+    (["export", "demo", "out.safetensors", "--head-vocab", "99999"], "has 49152 tokens"),
     (["generate", "x", "--dtype", "int3"], "dtype must be"),
     (["generate", "x", "--tree", "oak"], "no tree is named 'oak'"),
     (["generate", "--file", "/no/such/file"], "cannot read the prompts in /no/such/file"),

@@ -109,7 +109,7 @@ BAD_ENGINES = [
     ({"cache_tokens": 2**64}, r"cache_tokens must be an integer in \[1, 1073741824\], got 1844"),
     ({"prefill_chunk": 0}, "prefill_chunk must be .* got 0"),
     ({"prefill_chunk": 2**64}, r"prefill_chunk must be an integer in \[1, 8192\], got 1844"),
-    ({"head_vocab": 0}, "head_vocab must be an integer of 1 or more, got 0"),
+    ({"head_vocab": 0}, 'head_vocab must be "auto", None or an integer of 1 or more, got 0'),
     ({"head_vocab": "many"}, "head_vocab must be .* got 'many'"),
     ({"heads": None, "head_vocab": 9}, "head_vocab 9 needs Medusa heads, and there are none"),
     ({"tree": "oak"}, "no tree is named 'oak'"),

@@ -75,7 +75,7 @@ def random_drafter(
         return kind, drafter
     if kind == "plain":
         return kind, None
-    ranks = min(shape.head_vocab or shape.vocab, 50)
+    ranks = min(shape.head_vocab or shape.draft_vocab or shape.vocab, 50)
     if kind == "named tree":
         paths = named_tree(str(rng.choice(tree_names())), max_depth=shape.heads)
     else:

@@ -93,6 +93,9 @@ def test_the_folder_explains_itself(learned: tuple[Any, dict[str, float]]) -> No
     steps = [entry["step"] for entry in told["history"] if "head2_loss" in entry]
     assert steps == list(range(2, 121, 2))
     assert not job.work.exists()
+    tokens = json.loads((job.out / "draft_tokens.json").read_text())
+    assert sorted(tokens) == list(range(320))
+    assert set(tokens[:16]) == set(cycle(0, 16))  # what the data are made of
 
 
 def test_heads_begin_as_the_model(tmp_path: Path) -> None:

@@ -104,6 +104,29 @@ def test_the_split_stays_when_data_grows(tmp_path: Path) -> None:
         assert 0 < read(few, held_out=share).held_out.sum() < 40
 
 
+def test_frequent_tokens_are_counted_where_the_model_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that are learned from count; prompts and what is set aside do not."""
+    rng = np.random.default_rng(2)
+    lines = []
+    for _ in range(40):
+        ids = (rng.integers(0, 20, 12) ** 2 % 320).tolist()
+        lines.append((ids, rng.integers(0, 2, 12).tolist()))
+    data = read(write_records(tmp_path / "data.jsonl", lines))
+    counts = dict.fromkeys(range(320), 0)
+    for record, out in zip(data.records, data.held_out, strict=True):
+        for token, own in zip(record.ids.tolist(), record.generated.tolist(), strict=True):
+            counts[token] += own and not out
+    wanted = sorted(counts, key=lambda token: (-counts[token], token))
+    assert data.held_out.any()
+    assert data.frequent_tokens(320) == wanted
+    monkeypatch.setattr("medusa_ext.training.data.DRAFT_TOKENS", 9)
+    assert data.frequent_tokens(320) == wanted[:26]  # a twelfth
+    monkeypatch.setattr("medusa_ext.training.data.DRAFT_TOKENS", 30)
+    assert data.frequent_tokens(320) == wanted[:30]
+
+
 def test_labels_are_the_tokens_ahead_in_the_same_turn(tmp_path: Path) -> None:
     """Against plain loops, for the rows of the cache and the batches of whole records."""
     rng = np.random.default_rng(2)

@@ -221,13 +221,8 @@ void check_heads(const HeadsConfig& heads, int vocab_size) {
   check_range("config.heads.num_heads", heads.num_heads, 0, kMaxHeads);
   check_range("config.heads.num_layers", heads.num_layers, 0, kMaxHeadLayers);
   if (heads.num_heads == 0) return;
-  if (heads.shared_lm_head) {
-    MEDUSA_CHECK_ARG(heads.head_vocab == 0 || heads.head_vocab == vocab_size,
-                     "config.heads.head_vocab: found ", heads.head_vocab,
-                     ", wanted 0 or vocab_size (", vocab_size, "), since shared_lm_head is true");
-  } else {
-    check_range("config.heads.head_vocab", heads.head_vocab, 1, vocab_size);
-  }
+  check_range("config.heads.head_vocab", heads.head_vocab, heads.shared_lm_head ? 0 : 1,
+              vocab_size);
 }
 
 }  // namespace

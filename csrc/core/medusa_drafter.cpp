@@ -20,6 +20,11 @@ namespace {
 constexpr int kCoupledCandidates = 48;
 constexpr int64_t kRankedAtOnce = 64;  // rows of rank(), so that their logits stay small
 
+// Tokens that a head chooses among.
+int num_ranked(const ModelConfig& config) {
+  return config.heads.head_vocab > 0 ? config.heads.head_vocab : config.vocab_size;
+}
+
 class MedusaDrafter final : public Drafter {
  public:
   MedusaDrafter(std::shared_ptr<const Model> model, const TreeSpec& tree)
@@ -29,7 +34,7 @@ class MedusaDrafter final : public Drafter {
     MEDUSA_CHECK_ARG(tree.depth() <= heads.num_heads, "medusa drafter: the tree is ", tree.depth(),
                      " deep, the model has ", heads.num_heads,
                      " heads; use a tree no deeper than the heads");
-    head_vocab_ = heads.shared_lm_head ? model_->config.vocab_size : heads.head_vocab;
+    head_vocab_ = num_ranked(model_->config);
     for (int depth = 1; depth <= tree.depth(); ++depth) {
       MEDUSA_CHECK_ARG(tree.num_ranks(depth) <= std::min(head_vocab_, kMaxTreeNodes),
                        "medusa drafter: the tree uses rank ", tree.num_ranks(depth) - 1,
@@ -147,7 +152,7 @@ class MedusaDrafter final : public Drafter {
     }
     if (model_->config.heads.shared_lm_head) {
       // All heads in one product: the shared matrix is read once.
-      ops_.linear(TensorView(normed, act, rows, d), model_->output(), TensorView(), false,
+      ops_.linear(TensorView(normed, act, rows, d), model_->draft_output(), TensorView(), false,
                   TensorView(logits, DType::f32, rows, head_vocab_));
     }
     const Candidates found{{ids, DType::i32, rows, width}, {values, DType::f32, rows, width}};
@@ -245,8 +250,7 @@ std::shared_ptr<Drafter> make_medusa_drafter(std::shared_ptr<const Model> model,
 void head_candidates(std::shared_ptr<const Model> model, const float* hidden, int64_t num_rows,
                      int width, int32_t* ids) {
   const HeadsConfig& heads = model->config.heads;
-  const int most =
-      std::min(heads.shared_lm_head ? model->config.vocab_size : heads.head_vocab, kMaxTreeNodes);
+  const int most = std::min(num_ranked(model->config), kMaxTreeNodes);
   MEDUSA_CHECK_ARG(heads.num_heads > 0, "head candidates: the model has no heads");
   MEDUSA_CHECK_ARG(width >= 1 && width <= most, "head candidates: ", width,
                    " are wanted of each head, allowed is 1 to ", most);

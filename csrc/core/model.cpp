@@ -48,6 +48,7 @@ float float_at(const TensorView& tensor, int64_t i) {
 
 int64_t Model::weight_bytes() const {
   int64_t total = bytes_of(embedding) + bytes_of(lm_head) + bytes_of(final_norm);
+  total += bytes_of(draft_lm_head);
   for (const Layer& layer : layers) {
     for (const auto* buffer :
          {&layer.attn_norm, &layer.mlp_norm, &layer.q_norm, &layer.k_norm, &layer.qkv_bias,
@@ -227,7 +228,11 @@ ModelBuilder::ModelBuilder(ModelConfig config, DType dtype, std::shared_ptr<Back
 
   const HeadsConfig& heads = model.config.heads;
   for (int i = 0; i < heads.num_heads; ++i) state_->expect_head(i);
-  if (heads.num_heads > 0 && !heads.shared_lm_head && heads.head_vocab < vocab) {
+  if (heads.cut(model.config.vocab_size)) {
+    if (heads.shared_lm_head) {
+      state_->matrix({{"heads.draft_lm_head", heads.head_vocab}}, d, false, model.draft_lm_head,
+                     nullptr);
+    }
     state_->expect("heads.token_map", {heads.head_vocab}, nullptr, nullptr, 0);
   }
   for (const auto& [name, dtype_of_blocks] : blocks) {

@@ -36,9 +36,15 @@ struct RopeConfig {
 struct HeadsConfig {
   int num_heads = 0;  // 0: the model has none
   int num_layers = 0;
-  bool shared_lm_head = true;  // W_h is the base model's lm_head; nothing is stored
-  // Rows of each own W_h; below vocab_size the tensor heads.token_map names their ids.
+  // W_h is the base model's lm_head, or the tensor heads.draft_lm_head: a copy of some of its rows.
+  bool shared_lm_head = true;
+  // Rows of W_h, 0: all of a shared one. Below vocab_size heads.token_map names their ids.
   int head_vocab = 0;
+
+  // Whether heads guess some tokens only.
+  bool cut(int vocab_size) const {
+    return num_heads > 0 && head_vocab > 0 && head_vocab < vocab_size;
+  }
 };
 
 struct ModelConfig {

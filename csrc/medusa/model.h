@@ -36,10 +36,13 @@ struct Model {
   std::unique_ptr<Buffer> final_norm;
   std::vector<Layer> layers;
   std::vector<Head> heads;
+  // Rows of output() that heads without an lm_head of their own choose among; null: all.
+  std::unique_ptr<Weight> draft_lm_head;
   std::vector<int32_t> token_map;  // [head_vocab] ids of the heads' rows; empty: the identity
   std::vector<int32_t> eos_ids;    // that end a text, as an exported file says; else empty
 
   const Weight& output() const { return lm_head ? *lm_head : *embedding; }
+  const Weight& draft_output() const { return draft_lm_head ? *draft_lm_head : output(); }
   int64_t weight_bytes() const;  // resident
   KvShape kv_shape(int num_pages) const;
 };
@@ -58,7 +61,8 @@ struct TensorSpec {
 //   layers.{i}.{gate,up}_proj.weight [F, d] (.bias)   layers.{i}.down_proj.weight [d, F] (.bias)
 //   heads.{h}.{l}.weight [d, d], heads.{h}.{l}.bias [d]
 //   heads.{h}.lm_head.weight [head_vocab, d] (absent where shared)
-//   heads.token_map [head_vocab] i32 (only where head_vocab < V)
+//   heads.draft_lm_head.weight [head_vocab, d] (only where shared and 0 < head_vocab < V)
+//   heads.token_map [head_vocab] i32 (only where 0 < head_vocab < V)
 class ModelBuilder {
  public:
   // blocks: block types by tensor name; matrices not named are stored as `dtype`. Tensors that are

@@ -17,7 +17,13 @@ from medusa_ext.calibration.file import auto_tree
 from medusa_ext.chat import Chat
 from medusa_ext.detokenize import DetokenizerFactory, Transformers
 from medusa_ext.device import check_model, kind_of, open_device
-from medusa_ext.loading import check_types, load_checkpoint, open_checkpoint
+from medusa_ext.loading import (
+    HeadVocab,
+    check_head_vocab,
+    check_types,
+    load_checkpoint,
+    open_checkpoint,
+)
 from medusa_ext.memory import Guesses, Limits, Sizes, check_memory
 from medusa_ext.options import Options, integer, parse_options, shown
 from medusa_ext.prompts import PromptEncoder
@@ -51,7 +57,7 @@ class Engine:
         threads: int | None = None,
         cache_tokens: int | None = None,
         prefill_chunk: int = 512,
-        head_vocab: int | None = None,
+        head_vocab: HeadVocab = "auto",
         isa: str = "",
         drafter: _core.Drafter | None = None,
         local_files_only: bool = False,
@@ -80,8 +86,9 @@ class Engine:
             cache_tokens: tokens of all sequences that the cache holds; None: min(max_batch *
                 max_context, 16384). At most 2**30.
             prefill_chunk: tokens of a prompt that one step takes at most, up to 8192.
-            head_vocab: rows to keep of each Medusa head's own lm_head, the most frequent tokens';
-                None: all. Fewer make a step faster and guess a little worse; never another output.
+            head_vocab: how many tokens Medusa heads choose among, the most frequent ones; "auto":
+                those of draft_tokens.json beside the heads, or all where there is none; None: all.
+                Fewer make a step faster and guess a little worse; never another output.
             isa: instruction set of the CPU's kernels, "" for the best: "generic", "avx2" or
                 "avx512".
             drafter: your own `medusa_ext.Drafter`, instead of heads.
@@ -97,8 +104,7 @@ class Engine:
         self._pump: Pump | None = None
         check_types(weights, dtype)
         limits = Limits(max_batch, max_context, cache_tokens, prefill_chunk)
-        if head_vocab is not None:
-            integer("head_vocab", head_vocab, 1)
+        check_head_vocab(head_vocab)
         if drafter is not None:
             if not isinstance(drafter, _core.Drafter):
                 raise ValueError(f"drafter must be a medusa_ext.Drafter, got {shown(drafter)}")

@@ -199,7 +199,7 @@ def _draft_bytes(sizes: Sizes) -> int:
     if not sizes.guesses.heads:
         return 0
     rows = sizes.limits.max_batch * sizes.guesses.heads
-    vocab = config["vocab_size"] if heads["shared_lm_head"] else heads["head_vocab"]
+    vocab = heads["head_vocab"] or config["vocab_size"]
     return rows * _F32 * int(2 * config["hidden_size"] + vocab + 2 * _MAX_RANKED)
 
 

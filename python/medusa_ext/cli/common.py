@@ -16,6 +16,7 @@ from medusa_ext.results import Piece, Result, Stats
 
 if TYPE_CHECKING:
     from medusa_ext.engine import Engine
+    from medusa_ext.loading import HeadVocab as HeadVocabOption
 
 Model = Annotated[
     str,
@@ -36,8 +37,7 @@ DType = Annotated[
 Device = Annotated[str, typer.Option(help="auto (cuda where it can be used), cpu, cuda, cuda:N.")]
 MaxBatch = Annotated[int, typer.Option(help="Texts made side by side.")]
 HeadVocab = Annotated[
-    int | None,
-    typer.Option(help="Keep this many rows of each head's lm_head, the most frequent tokens'."),
+    str, typer.Option(help="Tokens that heads choose among, the most frequent; none: all; or auto.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")]
 CacheTokens = Annotated[
@@ -82,7 +82,7 @@ def make_engine(
     max_context: int | None,
     cache_tokens: int | None,
     prefill_chunk: int,
-    head_vocab: int | None,
+    head_vocab: str,
     isa: str,
     local_files_only: bool,
     max_batch: int = 8,
@@ -103,7 +103,7 @@ def make_engine(
         max_batch=max_batch,
         cache_tokens=cache_tokens,
         prefill_chunk=prefill_chunk,
-        head_vocab=head_vocab,
+        head_vocab=head_vocab_argument(head_vocab),
         isa=isa,
         local_files_only=local_files_only,
     )
@@ -117,6 +117,13 @@ def check_options(options: Mapping[str, Any]) -> None:
 def heads_argument(heads: str) -> str | None:
     """Return what the Python functions take for `--heads`."""
     return None if heads == "none" else heads
+
+
+def head_vocab_argument(given: str) -> HeadVocabOption:
+    """Return what the Python functions take for `--head-vocab`."""
+    from medusa_ext.loading import check_head_vocab
+
+    return None if given == "none" else check_head_vocab(given)
 
 
 def accept_any_input() -> None:

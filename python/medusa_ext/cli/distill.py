@@ -75,7 +75,7 @@ def distill(
     max_context: common.MaxContext = None,
     cache_tokens: common.CacheTokens = None,
     prefill_chunk: common.PrefillChunk = 512,
-    head_vocab: common.HeadVocab = None,
+    head_vocab: common.HeadVocab = "auto",
     isa: common.Isa = "",
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:

@@ -30,7 +30,7 @@ def inspect(
     max_context: common.MaxContext = None,
     cache_tokens: common.CacheTokens = None,
     prefill_chunk: common.PrefillChunk = 512,
-    head_vocab: common.HeadVocab = None,
+    head_vocab: common.HeadVocab = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
@@ -41,9 +41,9 @@ def inspect(
 
     loading.check_types(weights, dtype)
     limits = Limits(max_batch, max_context, cache_tokens, prefill_chunk)
-    own = common.heads_argument(heads)
+    own, chosen = common.heads_argument(heads), common.head_vocab_argument(head_vocab)
     checkpoint = loading.open_checkpoint(
-        path, own, head_vocab=head_vocab, local_files_only=local_files_only
+        path, own, head_vocab=chosen, local_files_only=local_files_only
     )
     memory = forecast(
         checkpoint, device, dtype, limits, weights=weights, tree=tree, guesses=own is not None
@@ -69,7 +69,7 @@ def export(
     weights: Annotated[
         str, typer.Option(help="auto (as in the file), or bf16, f16 or f32 instead of blocks.")
     ] = "auto",
-    head_vocab: common.HeadVocab = None,
+    head_vocab: common.HeadVocab = "auto",
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
     """Write a model and its heads as the one file that C++ programs read."""
@@ -79,12 +79,13 @@ def export(
     from medusa_ext import loading
 
     heads = common.heads_argument(paths[0]) if len(paths) == 2 else "auto"
+    chosen = common.head_vocab_argument(head_vocab)
     written = loading.export(
         model,
         heads,
         paths[-1],
         weights=weights,
-        head_vocab=head_vocab,
+        head_vocab=chosen,
         local_files_only=local_files_only,
     )
     print(f"{written} ({mebibytes(written.stat().st_size)})")
@@ -93,11 +94,11 @@ def export(
 def _table(found: Inspection, memory: Forecast) -> Table:
     heads = "none"
     if found.heads is not None:
-        projection = (
-            "the model's lm_head"
-            if found.heads.shared_lm_head
-            else f"{found.heads.head_vocab} rows each"
-        )
+        size = found.heads.head_vocab
+        projection = f"{size} rows each"
+        if found.heads.shared_lm_head:
+            few = f"{size} rows of " if 0 < size < found.vocab_size else ""
+            projection = f"{few}the model's lm_head"
         heads = (
             f"{found.heads.num_heads} of {found.heads.num_layers} layers,"
             f" format {found.heads.format}, projections: {projection}"

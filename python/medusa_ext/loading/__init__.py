@@ -7,6 +7,7 @@ from medusa_ext.loading.checkpoint import Checkpoint, open_checkpoint
 from medusa_ext.loading.converting import convert
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.exporting import export
+from medusa_ext.loading.head_rows import HeadVocab, check_head_vocab
 from medusa_ext.loading.heads import HeadsInfo
 from medusa_ext.loading.inspection import Inspection, describe, inspect
 from medusa_ext.loading.load import LoadedModel, load_checkpoint, load_model
@@ -15,12 +16,14 @@ from medusa_ext.loading.stored import Stored, check_types, weight_bytes
 
 __all__ = [
     "Checkpoint",
+    "HeadVocab",
     "HeadsInfo",
     "Inspection",
     "LoadError",
     "LoadedModel",
     "Source",
     "Stored",
+    "check_head_vocab",
     "check_types",
     "convert",
     "describe",

@@ -11,8 +11,8 @@ from medusa_ext.loading.blocks import ExportedTensors
 from medusa_ext.loading.config import NO_HEADS, Config, from_hf, read_json
 from medusa_ext.loading.config import eos_ids as config_eos_ids
 from medusa_ext.loading.errors import LoadError
-from medusa_ext.loading.files import FLOAT_BYTES
-from medusa_ext.loading.head_rows import keep_frequent
+from medusa_ext.loading.files import FLOAT_BYTES, SafetensorsTensors
+from medusa_ext.loading.head_rows import HeadVocab, check_head_vocab, choose_tokens
 from medusa_ext.loading.heads import Heads, HeadsInfo, heads_inside, open_heads
 from medusa_ext.loading.plan import Entry, TensorSet, base_shapes, head_shapes, majority_dtype
 from medusa_ext.loading.source import DEMO, DEMO_HEADS, Source, resolve
@@ -79,7 +79,7 @@ def open_checkpoint(
     model: str | os.PathLike[str] | Source,
     heads: str | os.PathLike[str] | None = "auto",
     *,
-    head_vocab: int | None = None,
+    head_vocab: HeadVocab = "auto",
     **hub: Any,  # noqa: ANN401 - options of resolve
 ) -> Checkpoint:
     """Find a model and its heads and check every tensor's name, shape and type.
@@ -88,7 +88,8 @@ def open_checkpoint(
         model: what `resolve` takes, or its result.
         heads: None, "auto" (those that come with the model, if any), a directory or hub id;
             "prompt-lookup" needs none either.
-        head_vocab: rows to keep of each head's own lm_head, the most frequent tokens'; None: all.
+        head_vocab: how many tokens heads choose among, the most frequent ones; "auto": those of
+            draft_tokens.json beside the heads, or all where there is none; None: all.
         **hub: local_files_only, cache_dir and revision of `resolve`.
 
     Raises:
@@ -109,15 +110,13 @@ def open_checkpoint(
                 f'heads {found.given} is a file; give a directory, a hub id, "auto" or None'
             )
         own = open_heads(found.path, opened.config)
-    if head_vocab is not None:
-        if own is None:
-            raise LoadError(
-                f"head_vocab {head_vocab} needs Medusa heads, and there are none; leave head_vocab "
-                "out"
-            )
-        vocab_size = opened.config["vocab_size"]
-        own = keep_frequent(own, head_vocab, vocab_size, opened.special_ids())
+    head_vocab = check_head_vocab(head_vocab)
+    if isinstance(head_vocab, int) and own is None:
+        raise LoadError(
+            f"head_vocab {head_vocab} needs Medusa heads, and there are none; leave head_vocab out"
+        )
     if own is not None:
+        own = choose_tokens(own, head_vocab, opened.config, opened.entries, opened.special_ids)
         opened.config["heads"] = own.config
         opened.entries.extend(own.entries)
         opened.heads_info = own.info

@@ -23,6 +23,7 @@ from medusa_ext.loading.config import Config, read_json
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.exporting import CALIBRATION_FILE, write_tensors
 from medusa_ext.loading.files import FLOAT_BYTES, ArrayTensors, PickledTensors, SafetensorsTensors
+from medusa_ext.loading.head_rows import DRAFT_TOKENS_FILE
 from medusa_ext.loading.heads import Heads, open_heads
 from medusa_ext.loading.plan import Entry, TensorSet, can_expand
 from medusa_ext.loading.source import Source, resolve
@@ -46,7 +47,8 @@ _OWN_KEYS = (
 )
 # Of a base model's directory, what formats D and F do not take over as it is.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-_CARRIED = (CALIBRATION_FILE, "README.md", "LICENSE")  # belong to heads, whatever their format
+# Belong to heads, whatever their format.
+_CARRIED = (CALIBRATION_FILE, DRAFT_TOKENS_FILE, "README.md", "LICENSE")
 _ROWS = 1024  # compared at once
 
 
@@ -318,7 +320,7 @@ def _write_whole(parts: _Parts, folder: Path, letter: str, keys: Config) -> None
     ]
     entries += parts.original(_PREFIXES[letter], parts.whole_projections(letter))
     for path in sorted(base.iterdir()):
-        heads_own = path.name in ("config.json", CALIBRATION_FILE)
+        heads_own = path.name in ("config.json", CALIBRATION_FILE, DRAFT_TOKENS_FILE)
         if path.is_file() and not path.name.endswith(_WEIGHTS) and not heads_own:
             shutil.copyfile(path, folder / path.name)
     _write_weights(folder / "model.safetensors", entries)

@@ -16,6 +16,7 @@ from medusa_ext.loading.blocks import BLOCKS_KEY, blocks_to_json, row_bytes
 from medusa_ext.loading.checkpoint import FORMAT, Checkpoint, open_checkpoint
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.files import FLOAT_BYTES
+from medusa_ext.loading.head_rows import HeadVocab
 from medusa_ext.loading.plan import Entry, count, to_json
 from medusa_ext.loading.source import Source
 from medusa_ext.loading.stored import Stored
@@ -33,7 +34,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     weights: str = "auto",
-    head_vocab: int | None = None,
+    head_vocab: HeadVocab = "auto",
     **hub: object,
 ) -> Path:
     """Write a model, its heads and its tokenizer as one file.

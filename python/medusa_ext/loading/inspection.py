@@ -6,6 +6,7 @@ from typing import Any
 
 from medusa_ext.loading.checkpoint import Checkpoint, open_checkpoint
 from medusa_ext.loading.files import FLOAT_BYTES
+from medusa_ext.loading.head_rows import HeadVocab
 from medusa_ext.loading.heads import HeadsInfo
 from medusa_ext.loading.plan import count
 from medusa_ext.loading.source import Source
@@ -49,7 +50,7 @@ def inspect(
     path: str | os.PathLike[str] | Source,
     heads: str | os.PathLike[str] | None = "auto",
     *,
-    head_vocab: int | None = None,
+    head_vocab: HeadVocab = "auto",
     **hub: Any,  # noqa: ANN401 - options of resolve
 ) -> Inspection:
     """Describe what `load_model` would load on a CPU; no weight is read.
@@ -73,6 +74,8 @@ def describe(checkpoint: Checkpoint, stored: Stored) -> Inspection:
     types: dict[str, int] = {}
     sizes = {True: 0, False: 0}  # elements, by "is part of the heads"
     for entry in checkpoint.entries:
+        if entry.copied:  # its values are stored and counted under another name
+            continue
         types[entry.dtype] = types.get(entry.dtype, 0) + entry.file.num_bytes(entry.key)
         sizes[entry.name.startswith("heads.")] += count(entry.shape)
     row = config["num_kv_heads"] * config["head_dim"] * FLOAT_BYTES[stored.dtype]

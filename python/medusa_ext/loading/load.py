@@ -10,6 +10,7 @@ from medusa_ext import _core
 from medusa_ext.device import kind_of
 from medusa_ext.loading.checkpoint import Checkpoint, open_checkpoint
 from medusa_ext.loading.config import Config
+from medusa_ext.loading.head_rows import HeadVocab
 from medusa_ext.loading.heads import HeadsInfo
 from medusa_ext.loading.plan import Entry, to_json
 from medusa_ext.loading.source import Source
@@ -34,7 +35,7 @@ def load_model(
     model: str | os.PathLike[str] | Source,
     heads: str | os.PathLike[str] | None = "auto",
     *,
-    head_vocab: int | None = None,
+    head_vocab: HeadVocab = "auto",
     weights: str = "auto",
     dtype: str = "auto",
     backend: _core.Backend,
@@ -47,7 +48,8 @@ def load_model(
             source.
         heads: a directory or hub id, None for none, "auto" for those that come with the model, if
             any.
-        head_vocab: rows to keep of each head's own lm_head, the most frequent tokens'; None: all.
+        head_vocab: how many tokens heads choose among, the most frequent ones; "auto": those of
+            draft_tokens.json beside the heads, or all where there is none; None: all.
         weights: in memory: "auto" for the file's own (blocks of a quantised file stay as they are
             on a CPU), "q8" or "q4" to quantise them (on a CPU alone), or "f32", "f16" or "bf16".
         dtype: of the cache, and of weights that are not in blocks: "f32", "f16", "bf16", or "auto"

@@ -25,6 +25,7 @@ class Entry:
     file: TensorFile
     key: str
     convert: Convert | None = None  # moves rows; applied to what the file gives
+    copied: bool = False  # of another entry's tensor
 
     @property
     def dtype(self) -> str:
@@ -165,11 +166,9 @@ def head_shapes(config: dict[str, Any]) -> dict[str, Shape]:
             shapes[f"heads.{head}.{layer}.bias"] = (d,)
         if not heads["shared_lm_head"]:
             shapes[f"heads.{head}.lm_head.weight"] = (heads["head_vocab"], d)
-    if (
-        not heads["shared_lm_head"]
-        and heads["num_heads"]
-        and heads["head_vocab"] < config["vocab_size"]
-    ):
+    if heads["num_heads"] and 0 < heads["head_vocab"] < config["vocab_size"]:
+        if heads["shared_lm_head"]:
+            shapes["heads.draft_lm_head.weight"] = (heads["head_vocab"], d)
         shapes["heads.token_map"] = (heads["head_vocab"],)
     return shapes
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from medusa_ext.distill.records import Record, read_records
 from medusa_ext.loading import LoadError
 
+DRAFT_TOKENS = 4096
+
 
 def digest(record: Record) -> bytes:
     """Of tokens and mask: 32 bytes, the same wherever the record stands."""
@@ -32,6 +34,20 @@ class Data:
         """Tokens that the model wrote, in one part of the data."""
         chosen = zip(self.records, self.held_out, strict=True)
         return sum(int(record.generated.sum()) for record, out in chosen if out == held_out)
+
+    def frequent_tokens(self, vocab_size: int) -> list[int]:
+        """Tokens that the model wrote most often in what is learned from, by falling frequency.
+
+        Enough for heads to choose among: a twelfth of the vocabulary, where that is more than
+        DRAFT_TOKENS. Tokens that are equally frequent, or absent, come by id.
+        """
+        counts = np.zeros(vocab_size, np.int64)
+        for record, out in zip(self.records, self.held_out, strict=True):
+            if not out:
+                counts += np.bincount(record.ids[record.generated], minlength=vocab_size)
+        size = min(vocab_size, max(DRAFT_TOKENS, vocab_size // 12))
+        chosen: list[int] = np.argsort(-counts, kind="stable")[:size].tolist()
+        return chosen
 
     def digest(self) -> str:
         """Of all records and their order."""
