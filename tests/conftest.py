@@ -24,6 +24,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Nor write to the home; and tests never time, also not to choose a tree.
+os.environ["MEDUSA_EXT_CACHE"] = "off"
+
 LONG_FACTOR = 10  # cases of a --long run per case of a plain run
 EMULATED_SHARE = 10  # cases of a plain run per case of one on the emulated device
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from medusa_ext import _core
 from medusa_ext.answers import Answer, Batch, Stream, Submission, complete
-from medusa_ext.calibration.file import auto_tree
+from medusa_ext.calibration.file import Calibration, auto_tree, find_calibration
 from medusa_ext.chat import Chat
 from medusa_ext.detokenize import DetokenizerFactory, Transformers
 from medusa_ext.device import check_model, kind_of, open_device
@@ -24,12 +25,13 @@ from medusa_ext.loading import (
     load_checkpoint,
     open_checkpoint,
 )
-from medusa_ext.memory import Guesses, Limits, Sizes, check_memory
+from medusa_ext.memory import Guesses, Limits, Sizes, check_memory, fits
 from medusa_ext.options import Options, integer, parse_options, shown
 from medusa_ext.prompts import PromptEncoder
 from medusa_ext.pump import Pump
 from medusa_ext.text_builder import TextBuilder
 from medusa_ext.trees import MAX_RANKS, Tree, is_auto, resolve_tree, tree_for
+from medusa_ext.tuning import best_nodes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -122,7 +124,8 @@ class Engine:
         kind = kind_of(backend.name)
         stored = checkpoint.stored(weights, dtype, kind)
         check_model(checkpoint.config, stored.dtype, kind)
-        auto = auto_tree(checkpoint, kind, stored, backend.threads)
+        found = find_calibration(checkpoint)
+        auto = auto_tree(found, kind, stored, backend.threads)
         self._tree = tree_for(checkpoint.config, tree, *auto)
         if self._tree is not None and self._tree.depth > backend.max_tree_depth:
             raise ValueError(
@@ -133,7 +136,8 @@ class Engine:
             drafter = _core.prompt_lookup_drafter()
         limits = limits.within(checkpoint.config["max_context"])
         guesses = Guesses.of(self._tree, drafter)
-        check_memory(Sizes(checkpoint, kind, stored, limits, guesses), backend)
+        sizes = Sizes(checkpoint, kind, stored, limits, guesses)
+        check_memory(sizes, backend)
 
         loaded = load_checkpoint(checkpoint, weights=weights, dtype=dtype, backend=backend)
         self._model = loaded.model
@@ -149,8 +153,11 @@ class Engine:
         self._drafter = drafter
         self._drafter_name = "none" if drafter is None else type(drafter).__name__
         if self._tree is not None:
-            self._drafter = _core.medusa_drafter(self._model, self._tree)
+            if found is not None and is_auto(tree) and kind == "cpu":
+                self._tree = self._tuned(self._tree, found, sizes, backend)
             self._drafter_name = f"{self._config['heads']['num_heads']} Medusa heads"
+            if self._tree.num_nodes > 1:
+                self._drafter = _core.medusa_drafter(self._model, self._tree)
         elif heads is not None:
             self._drafter_name = "prompt lookup"
         self._session = _core.Session(
@@ -300,7 +307,7 @@ class Engine:
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """What was loaded: model, family, sizes, types, drafter, backend."""
+        """What was loaded: model, family, sizes, types, drafter and its nodes, backend."""
         self._open_pump()
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         return {
@@ -311,6 +318,7 @@ class Engine:
             "weights": self._weights,
             "dtype": self._model.dtype,
             "drafter": self._drafter_name,
+            "nodes": Guesses.of(self._tree, self._drafter).max_nodes,
             "backend": f"{self._model.backend.name}, {self._model.backend.detail}",
         }
 
@@ -330,6 +338,18 @@ class Engine:
         """Return the session's counts: requests, pages, steps, set-backs."""
         self._open_pump()
         return self._session.stats()
+
+    def _tuned(
+        self, tree: _core.TreeSpec, found: Calibration, sizes: Sizes, backend: _core.Backend
+    ) -> _core.TreeSpec:
+        """The calibrated tree with as many nodes as are fastest on this machine."""
+        heads = sizes.checkpoint.config["heads"]["num_heads"]
+        nodes = best_nodes(
+            self._model,
+            found,
+            lambda count: fits(replace(sizes, guesses=Guesses(count, heads)), backend),
+        )
+        return tree if nodes is None else _core.TreeSpec.from_paths(found.tree[: nodes - 1])
 
     def _prepare(self, prompt: object, options: Mapping[str, Any]) -> tuple[Submission, Answer]:
         """Check one prompt with the options of one sample."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from medusa_ext import _core
-from medusa_ext.calibration.file import auto_tree
+from medusa_ext.calibration.file import auto_tree, find_calibration
 from medusa_ext.device import check_model, kind_of, open_device
 from medusa_ext.loading import Checkpoint, Stored, weight_bytes
 from medusa_ext.loading.files import FLOAT_BYTES
@@ -230,6 +230,11 @@ def check_memory(sizes: Sizes, backend: _core.Backend) -> None:
     )
 
 
+def fits(sizes: Sizes, backend: _core.Backend) -> bool:
+    """Whether the device holds an engine of these sizes."""
+    return _fits(sizes, _room(backend))
+
+
 def _room(backend: _core.Backend) -> int:
     """Bytes that an engine may take.
 
@@ -309,7 +314,7 @@ def forecast(
     stored = checkpoint.stored(weights, dtype, kind)
     check_model(checkpoint.config, stored.dtype, kind)
     threads = 0 if backend is None else backend.threads
-    auto = auto_tree(checkpoint, kind, stored, threads)
+    auto = auto_tree(find_calibration(checkpoint), kind, stored, threads)
     spec = tree_for(checkpoint.config, tree, *auto)
     drafter = _core.prompt_lookup_drafter() if guesses else None
     sizes = Sizes(

@@ -98,32 +98,34 @@ class Calibration:
         return int(like[1]["nodes"])
 
 
-def auto_tree(
-    checkpoint: Checkpoint, device: str, stored: Stored, threads: int
-) -> tuple[int, Paths | None]:
-    """The calibrated tree of a model's heads, and the nodes of it to use.
+def find_calibration(checkpoint: Checkpoint) -> Calibration | None:
+    """Return the calibration that a model's heads carry, None where they carry none.
 
-    Args:
-        checkpoint: model and heads.
-        device: "cpu" or "cuda".
-        stored: types of weights and cache.
-        threads: of the CPU.
-
-    Returns:
-        The number of nodes, the root counted, and the paths, the most valuable first; None where
-        the heads carry no calibration. One that does not fit them is a warning: it is of no use,
-        but guesses never change the output.
+    One that does not fit them is a warning: it is of no use, but guesses never change the output.
     """
-    info, found = checkpoint.heads_info, None
+    info = checkpoint.heads_info
     try:
         if info is not None and info.format == "export":
             text = (checkpoint.metadata or {}).get(CALIBRATION_KEY)
-            found = None if text is None else _parsed(text, str(info.path), checkpoint.config)
-        elif info is not None and (info.path / CALIBRATION_FILE).is_file():
-            found = read_calibration(info.path / CALIBRATION_FILE, checkpoint.config)
+            return None if text is None else _parsed(text, str(info.path), checkpoint.config)
+        if info is not None and (info.path / CALIBRATION_FILE).is_file():
+            return read_calibration(info.path / CALIBRATION_FILE, checkpoint.config)
     except LoadError as error:
         warnings.warn(f"{error}; a published tree is used", stacklevel=3)
-        return AUTO_NODES[device], None
+    return None
+
+
+def auto_tree(
+    found: Calibration | None, device: str, stored: Stored, threads: int
+) -> tuple[int, Paths | None]:
+    """The nodes of the tree to use, the root counted, and its paths, the most valuable first.
+
+    Args:
+        found: the calibration of the heads; None: the paths are None too.
+        device: "cpu" or "cuda".
+        stored: types of weights and cache.
+        threads: of the CPU.
+    """
     if found is None:
         return AUTO_NODES[device], None
     return found.nodes_for(device, stored, threads), found.tree
