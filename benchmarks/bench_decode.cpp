@@ -25,7 +25,7 @@ struct Options {
   std::string file;  // "": random weights of `shape`
   NamedShape shape{};
   std::optional<DType> weights;  // in blocks, of `shape`; a file has its own
-  int heads = 0;  // -1: those of the model
+  int heads = 0;                 // -1: those of the model
   int head_vocab = 0;
   std::vector<int> contexts, batches, nodes;
   int max_tokens = 0;  // context x batch beyond this is left out
@@ -202,8 +202,8 @@ class DecodeBench {
     rows_.push_back(concat(
         "  {\"op\": \"decode\", \"shape\": ",
         json::quote(concat(name(), " batch ", batch, " context ", context, " nodes ", count)),
-        ", \"dtype\": ", json::quote(weights_name(*model_)),
-        ", \"error\": ", json::quote(problem), "}"));
+        ", \"dtype\": ", json::quote(weights_name(*model_)), ", \"error\": ", json::quote(problem),
+        "}"));
   }
 
   static std::string nodes_name(int nodes) {
@@ -317,8 +317,8 @@ class DecodeBench {
   }
 
   void header(double accepted) const {
-    line(concat("# bench_decode: ", name(), ", ", weights_name(*model_), "\n\n",
-                markdown(machine_), "- weights: ", mib(model_->weight_bytes()), " MiB resident, ",
+    line(concat("# bench_decode: ", name(), ", ", weights_name(*model_), "\n\n", markdown(machine_),
+                "- weights: ", mib(model_->weight_bytes()), " MiB resident, ",
                 mib(streamed_bytes(*model_)), " read by a plain step, ",
                 mib(head_bytes(*model_, heads_)), " more by ", heads_,
                 " heads\n- KV cache: ", kv_bytes_, " bytes per token\n- ", common_.samples,

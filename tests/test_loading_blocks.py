@@ -304,7 +304,7 @@ def test_damaged_blocks_are_refused_by_both_readers(files, tmp_path):
     refused(blocks, {name: tensors[name][:, :-18]})
     refused(blocks, {name: tensors[name][1:]})
     refused(blocks, {name: tensors[name].view(np.int16)})
-    assert all(name in error or "medusa_ext.blocks" in error for error in errors), errors
+    assert all(name in error for error in errors), errors
     errors.clear()
     refused(blocks | {"norm.weight": "q4_0"})
     assert all("norm.weight" in error for error in errors)

@@ -23,6 +23,14 @@ const std::string& metadata_value(const SafetensorsFile& file, const std::string
   return found->second;
 }
 
+DType block_type(const std::string& word, const std::string& where) {
+  for (const DType dtype : {DType::q8_0, DType::q4_0, DType::q4_1, DType::q4_k}) {
+    if (word == dtype_name(dtype)) return dtype;
+  }
+  throw ArgumentError(
+      concat(where, ": found ", json::quote(word), ", wanted q8_0, q4_0, q4_1 or q4_k"));
+}
+
 // The types of tensors that lie in blocks, each checked against its tensor.
 std::map<std::string, DType> read_blocks(const SafetensorsFile& file) {
   const std::string key = "medusa_ext.blocks";
@@ -33,11 +41,9 @@ std::map<std::string, DType> read_blocks(const SafetensorsFile& file) {
   for (const auto& [name, type] : value.as_object(key)) {
     MEDUSA_CHECK_ARG(std::count(file.names().begin(), file.names().end(), name) == 1, key,
                      " names the tensor ", json::quote(name), ", which the file does not hold");
-    const std::string& word = type.as_string(key);
-    const DType dtype = parse_weight_dtype(word);
+    const std::string& word = type.as_string(concat("tensor ", name, ": ", key));
     const SafetensorsTensor& tensor = file.tensor(name);
-    MEDUSA_CHECK_ARG(is_block(dtype), "tensor ", name, ": ", key, " gives ", word,
-                     ", which is no type of blocks");
+    const DType dtype = block_type(word, concat("tensor ", name, ": ", key));
     MEDUSA_CHECK_ARG(tensor.dtype == "U8" && tensor.shape.size() == 2 &&
                          tensor.shape[1] % block_bytes(dtype) == 0,
                      "tensor ", name, ": found dtype ", tensor.dtype, " in rows of ",

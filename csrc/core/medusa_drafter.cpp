@@ -34,6 +34,12 @@ class MedusaDrafter final : public Drafter {
     MEDUSA_CHECK_ARG(tree.depth() <= heads.num_heads, "medusa drafter: the tree is ", tree.depth(),
                      " deep, the model has ", heads.num_heads,
                      " heads; use a tree no deeper than the heads");
+    const Head& first = model_->heads.front();
+    for (const Head& head : model_->heads) {
+      bool same = !head.lm_head || head.lm_head->dtype() == first.lm_head->dtype();
+      for (const auto& block : head.blocks) same &= block->dtype() == first.blocks[0]->dtype();
+      MEDUSA_CHECK_ARG(same, "medusa drafter: the heads are stored in different types");
+    }
     head_vocab_ = num_ranked(model_->config);
     for (int depth = 1; depth <= tree.depth(); ++depth) {
       MEDUSA_CHECK_ARG(tree.num_ranks(depth) <= std::min(head_vocab_, kMaxTreeNodes),
@@ -124,10 +130,18 @@ class MedusaDrafter final : public Drafter {
   Candidates run_heads(TensorView hidden, int depth, int width) {
     const int64_t batch = hidden.size(0), d = hidden.size(1);
     const int64_t rows = batch * depth;
-    const DType act = ops_.activation_dtype(model_->dtype);
+    // Blocks of heads and what follows them may be stored in different types.
+    const Head& first = model_->heads.front();
+    const Weight& output = first.lm_head ? *first.lm_head : model_->draft_output();
+    const DType act_out = ops_.activation_dtype(output.dtype());
+    const DType act =
+        first.blocks.empty() ? act_out : ops_.activation_dtype(first.blocks.front()->dtype());
     auto* u = static_cast<float*>(memory(u_, rows * d * 4));
     auto* y = static_cast<float*>(memory(y_, batch * d * 4));
     auto* normed = static_cast<std::byte*>(memory(copy_, rows * d * dtype_bytes(act)));
+    auto* last = act == act_out
+                     ? normed
+                     : static_cast<std::byte*>(memory(last_, rows * d * dtype_bytes(act_out)));
     auto* logits = static_cast<float*>(memory(logits_, rows * head_vocab_ * 4));
     auto* ids = static_cast<int32_t*>(memory(ids_, rows * width * 4));
     auto* values = static_cast<float*>(memory(values_memory_, rows * width * 4));
@@ -138,21 +152,22 @@ class MedusaDrafter final : public Drafter {
       const TensorView state(u + head * batch * d, DType::f32, batch, d);
       const TensorView update(y, DType::f32, batch, d);
       const TensorView copy(normed + head * batch * d * dtype_bytes(act), act, batch, d);
+      const TensorView done(last + head * batch * d * dtype_bytes(act_out), act_out, batch, d);
       const Head& weights = model_->heads[static_cast<size_t>(head)];
       for (size_t layer = 0; layer < weights.blocks.size(); ++layer) {
         const TensorView bias(weights.biases[layer]->data(), DType::f32, d);
         ops_.linear(copy, *weights.blocks[layer], bias, false, update);
-        ops_.residual_silu(update, state, copy);
+        ops_.residual_silu(update, state, layer + 1 == weights.blocks.size() ? done : copy);
       }
       if (weights.lm_head) {
         ops_.linear(
-            copy, *weights.lm_head, TensorView(), false,
+            done, *weights.lm_head, TensorView(), false,
             TensorView(logits + head * batch * head_vocab_, DType::f32, batch, head_vocab_));
       }
     }
     if (model_->config.heads.shared_lm_head) {
       // All heads in one product: the shared matrix is read once.
-      ops_.linear(TensorView(normed, act, rows, d), model_->draft_output(), TensorView(), false,
+      ops_.linear(TensorView(last, act_out, rows, d), model_->draft_output(), TensorView(), false,
                   TensorView(logits, DType::f32, rows, head_vocab_));
     }
     const Candidates found{{ids, DType::i32, rows, width}, {values, DType::f32, rows, width}};
@@ -232,7 +247,7 @@ class MedusaDrafter final : public Drafter {
   Backend& ops_;
   int head_vocab_ = 0, num_ranks_ = 0;
   std::mutex mutex_;  // two sessions may hold one drafter by mistake; they shall only be slow
-  std::unique_ptr<Buffer> hidden_, u_, y_, copy_, logits_, ids_, values_memory_;
+  std::unique_ptr<Buffer> hidden_, u_, y_, copy_, last_, logits_, ids_, values_memory_;
   std::unique_ptr<Buffer> token_map_;
   std::map<int64_t, std::unique_ptr<Buffer>> indices_;  // by batch
   std::vector<std::unique_ptr<Buffer>> outgrown_;       // recorded steps may still use them

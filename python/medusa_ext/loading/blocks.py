@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.files import SafetensorsTensors
+from medusa_ext.options import shown
 
 BLOCKS_KEY = "medusa_ext.blocks"  # in an exported file: JSON, block type by tensor
 _CHUNK = 1 << 20  # elements expanded at once: 4 MB of f32
@@ -142,13 +143,13 @@ class ExportedTensors(SafetensorsTensors):
         for name, kind in found.items():
             if name not in names:
                 raise LoadError(
-                    f"{self.path}: the metadata {BLOCKS_KEY} names the tensor {name[:100]!r}, "
+                    f"{self.path}: the metadata {BLOCKS_KEY} names the tensor {shown(name)}, "
                     "which the file does not hold"
                 )
             block = BLOCKS.get(kind) if isinstance(kind, str) else None
             if block is None:
                 raise LoadError(
-                    f"{self.path}: tensor {name} is in blocks of the type {kind!r:.100}; this "
+                    f"{self.path}: tensor {name} is in blocks of the type {shown(kind)}; this "
                     f"version reads {', '.join(BLOCKS)}"
                 )
             shape, word = super().shape(name), super().dtype(name)
