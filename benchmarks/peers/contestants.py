@@ -307,7 +307,7 @@ def _ctranslate2(job: Job) -> Loaded:
     return Loaded(f"{model.compute_type}", answer)
 
 
-_TORCH = 'torch "transformers>=5" gguf accelerate'
+_TORCH = "torch transformers gguf accelerate"
 _TORCH_MODULES = ("torch", "transformers.generation.utils", "gguf", "accelerate")
 _OWN_MODULES = ("medusa_ext.engine",)
 

@@ -64,6 +64,11 @@ class Worker:
         """
         return self._exchange({"ids": ids, "max_tokens": max_tokens})
 
+    @property
+    def process_id(self) -> int:
+        """Of the contestant's process."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the process."""
         self._process.kill()  # also where it is stopped
