@@ -21,22 +21,20 @@ struct Mode {
   SamplingParams sampling;
 };
 
-constexpr const char* kModeNames = "greedy, temperature, top-k, top-p, typical";
+constexpr const char* kModeNames = "greedy, temperature, hot, top-k, top-p, typical";
 
 // Those that `wanted` names, by the first word of theirs; all if it names none.
 std::vector<Mode> modes(const std::vector<std::string>& wanted) {
-  SamplingParams greedy, warm, top_k, top_p, typical;
+  SamplingParams greedy, warm, hot, top_k, top_p, typical;
   warm.temperature = top_k.temperature = top_p.temperature = 0.8f;
+  hot.temperature = 1.5f;
   typical.temperature = 0.7f;
-  warm.seed = top_k.seed = top_p.seed = typical.seed = 11;
+  warm.seed = hot.seed = top_k.seed = top_p.seed = typical.seed = 11;
   top_k.top_k = 50;
   top_p.top_p = 0.95;
   typical.acceptance = Acceptance::typical;
-  std::vector<Mode> modes{{"greedy", greedy},
-                          {"temperature 0.8", warm},
-                          {"top-k 50", top_k},
-                          {"top-p 0.95", top_p},
-                          {"typical", typical}};
+  std::vector<Mode> modes{{"greedy", greedy},  {"temperature 0.8", warm}, {"hot 1.5", hot},
+                          {"top-k 50", top_k}, {"top-p 0.95", top_p},     {"typical", typical}};
   std::erase_if(modes, [&](const Mode& mode) {
     const std::string word = mode.name.substr(0, mode.name.find(' '));
     return !wanted.empty() && std::find(wanted.begin(), wanted.end(), word) == wanted.end();
@@ -77,12 +75,24 @@ DraftTree make_tree(const Judge& judge, int num_nodes, int depth, int vocab_size
   return tree;
 }
 
+// Eight ids of each row far above the rest, as the logits of trained models have them.
+void raise_some(const HostArray& values, int num_nodes, int vocab_size) {
+  std::mt19937 random(7);
+  auto* logits = static_cast<float*>(values.data());
+  for (int node = 0; node < num_nodes; ++node, logits += vocab_size) {
+    for (int i = 0; i < 8; ++i) {
+      logits[random() % static_cast<uint32_t>(vocab_size)] = 18.0f - 1.2f * static_cast<float>(i);
+    }
+  }
+}
+
 void run(const Common& common, Backend& backend, Backend& cpu, const std::vector<Mode>& modes,
-         int num_nodes, int vocab_size, Report& report) {
+         int num_nodes, int vocab_size, bool peaked, Report& report) {
   constexpr int kDepth = 3;
   NormalValues normal(2);
   const int64_t count = int64_t{num_nodes} * vocab_size;
   const HostArray values(normal, DType::f32, count, 2.0f);
+  if (peaked) raise_some(values, num_nodes, vocab_size);
   const TensorView shape(values.data(), DType::f32, num_nodes, vocab_size);
   const DeviceArray host(cpu, shape, values.data());
   std::vector<std::unique_ptr<DeviceArray>> copies;
@@ -105,7 +115,8 @@ void run(const Common& common, Backend& backend, Backend& cpu, const std::vector
     report.add("verify", text, "f32", seconds, cost.num_bytes, cost.flops);
   };
   for (const Mode& mode : modes) {
-    const std::string text = concat(mode.name, ", ", num_nodes, " x ", vocab_size);
+    const std::string text =
+        concat(mode.name, peaked ? ", peaked, " : ", ", num_nodes, " x ", vocab_size);
     report.attempt("verify", text, "f32", [&] { run_mode(text, mode.sampling); });
   }
 }
@@ -119,13 +130,14 @@ void bench(Arguments& args, Common& common) {
   const std::vector<Mode> wanted = modes(names);
   MEDUSA_CHECK_ARG(names.empty() || wanted.size() == names.size(), "--mode: wanted some of ",
                    kModeNames, ", each once");
+  const bool peaked = args.flag("--peaked");
   args.finish();
   find_shapes(common.shapes);
   const std::shared_ptr<Backend> backend = make_backend(common.backend), cpu = make_backend({});
   Report report("bench_typical_acceptance", common, *backend);
   for (const int vocab : vocabs) {
     report.attempt("verify", concat(nodes, " x ", vocab), "f32",
-                   [&] { run(common, *backend, *cpu, wanted, nodes, vocab, report); });
+                   [&] { run(common, *backend, *cpu, wanted, nodes, vocab, peaked, report); });
   }
   report.finish();
 }
@@ -137,7 +149,8 @@ int main(int argc, char** argv) {
   using namespace medusa::bench;
   const std::string usage = medusa::concat(
       "usage: bench_typical_acceptance [--shape tiny] [--mode MODE,...] [--nodes N]\n"
-      "       [--vocab 32000,...] [options]\n  MODE: ",
-      kModeNames, "\n");
+      "       [--vocab 32000,...] [--peaked] [options]\n  MODE: ",
+      kModeNames,
+      "\n  --peaked: eight logits of each node stand out, as those of trained models do\n");
   return run_program("bench_typical_acceptance", usage, argc, argv, bench);
 }

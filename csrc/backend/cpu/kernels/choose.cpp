@@ -108,13 +108,11 @@ void noisy_block(const NoisyRow& row, int64_t start, float best, NoisyBlock& blo
   // Scores below it cannot win with the greatest noise, or are filtered out.
   const float reach = best - (kGreatestNoise + magnitude(best) * 0x1p-22f);
   const V lowest = splat(reach > row.floor ? reach : row.floor);
-  const bool coarse = magnitude(best) > 0x1p20f;
-  const V temperature = splat(row.temperature), best_score = splat(coarse ? 0.0f : best);
-  // e^(score - best) in units of the halved words, 2^31 of them, with the slack; where that is as
-  // coarse as the noise, all can win.
-  const float bias = 127.0f + 31.0f + 1e-3f + magnitude(best) * 0x1p-21f;
-  const V per_unit = splat(coarse ? 0.0f : kPerUnit);
-  const V offset = splat(coarse ? kTop : bias * 8388608.0f);
+  // e^(score - best) in units of the halved words, 2^31 of them, with the slack. The slack of a
+  // |best| beyond all noise overflows to infinity, and all within reach are possible.
+  const V temperature = splat(row.temperature), best_score = splat(best);
+  const V per_unit = splat(kPerUnit);
+  const V offset = splat((127.0f + 31.0f + 1e-3f + magnitude(best) * 0x1p-21f) * 8388608.0f);
 
   for (int64_t first = start; first < row.n; first += NoisyBlock::kIds) {
     V scores[4];
