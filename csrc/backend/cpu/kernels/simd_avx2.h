@@ -198,9 +198,6 @@ MEDUSA_INLINE void store_words(uint32_t* p, Words x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
 }
-MEDUSA_INLINE Words add_words(Words x, Words y) {
-  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
-}
 MEDUSA_INLINE Words xor_words(Words x, Words y) {
   return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)};
 }

@@ -110,7 +110,6 @@ using Words = __m512i;
 MEDUSA_INLINE Words splat_word(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 MEDUSA_INLINE Words load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
 MEDUSA_INLINE void store_words(uint32_t* p, Words x) { _mm512_storeu_si512(p, x); }
-MEDUSA_INLINE Words add_words(Words a, Words b) { return _mm512_add_epi32(a, b); }
 MEDUSA_INLINE Words xor_words(Words a, Words b) { return _mm512_xor_si512(a, b); }
 // The 64-bit products of the lanes and one factor.
 MEDUSA_INLINE void wide_product(Words x, Words factor, Words& high, Words& low) {

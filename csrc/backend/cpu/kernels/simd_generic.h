@@ -257,9 +257,6 @@ MEDUSA_INLINE Words splat_word(uint32_t x) {
   const U4 v = {x, x, x, x};
   return {v, v, v, v};
 }
-MEDUSA_INLINE Words add_words(Words x, Words y) {
-  return {x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d};
-}
 MEDUSA_INLINE Words xor_words(Words x, Words y) {
   return {x.a ^ y.a, x.b ^ y.b, x.c ^ y.c, x.d ^ y.d};
 }
