@@ -261,9 +261,10 @@ void ModelBuilder::add(const std::string& name, TensorView tensor) {
                    ": found shape ", shape_string(tensor), ", wanted ", shape_string(wanted));
   const bool is_map = slot.weight == nullptr && slot.buffer == nullptr;
   const bool own_blocks = slot.weight != nullptr && tensor.dtype == slot.weight->dtype();
-  MEDUSA_CHECK_ARG((tensor.dtype == DType::i32) == is_map && (!is_block(tensor.dtype) || own_blocks),
-                   "tensor ", name, ": found dtype ", dtype_name(tensor.dtype), ", wanted ",
-                   is_map ? "i32" : "f32, f16, bf16 or the blocks it is stored in");
+  MEDUSA_CHECK_ARG(
+      (tensor.dtype == DType::i32) == is_map && (!is_block(tensor.dtype) || own_blocks), "tensor ",
+      name, ": found dtype ", dtype_name(tensor.dtype), ", wanted ",
+      is_map ? "i32" : "f32, f16, bf16 or the blocks it is stored in");
   MEDUSA_CHECK_ARG(tensor.data != nullptr, "tensor ", name, ": its data is null");
 
   if (is_map) {

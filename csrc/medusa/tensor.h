@@ -59,9 +59,7 @@ struct TensorView {
 
   int64_t size(int axis) const { return shape[static_cast<size_t>(axis)]; }
   int64_t num_elements() const { return shape[0] * shape[1] * shape[2]; }
-  int64_t num_bytes() const {
-    return num_elements() / block_elements(dtype) * block_bytes(dtype);
-  }
+  int64_t num_bytes() const { return num_elements() / block_elements(dtype) * block_bytes(dtype); }
 
   template <class T>
   T* as() const {

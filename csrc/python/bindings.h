@@ -49,8 +49,8 @@ class ReleasedLock {
 using Release = py::call_guard<ReleasedLock>;
 
 // A C-contiguous array of rank 1 to 3 as it lies; valid while `array` lives. `dtype` names the
-// elements where NumPy cannot ("bf16" in a uint16 array, blocks in rows of uint8, whose shape becomes
-// that of their elements); `name` stands in the errors.
+// elements where NumPy cannot ("bf16" in a uint16 array, blocks in rows of uint8, whose shape
+// becomes that of their elements); `name` stands in the errors.
 TensorView borrow(const py::array& array, const std::optional<std::string>& dtype,
                   const std::string& name);
 

@@ -11,7 +11,7 @@ from medusa_ext.loading.blocks import ExportedTensors
 from medusa_ext.loading.config import NO_HEADS, Config, from_hf, read_json
 from medusa_ext.loading.config import eos_ids as config_eos_ids
 from medusa_ext.loading.errors import LoadError
-from medusa_ext.loading.files import FLOAT_BYTES, SafetensorsTensors
+from medusa_ext.loading.files import FLOAT_BYTES
 from medusa_ext.loading.head_rows import HeadVocab, check_head_vocab, choose_tokens
 from medusa_ext.loading.heads import Heads, HeadsInfo, heads_inside, open_heads
 from medusa_ext.loading.plan import Entry, TensorSet, base_shapes, head_shapes, majority_dtype
