@@ -13,18 +13,26 @@ from types import SimpleNamespace
 import pytest
 
 from engine_util import demo_engine, make_tiny
-from loading_util import make_heads
+from loading_util import make_heads, make_model
 from medusa_ext import Engine, _core, cli
 from medusa_ext.cli import common
 from medusa_ext.results import make_stats
 
 COMMAND = [sys.executable, "-m", "medusa_ext"]
-NEVER_ENDS = ["--max-new-tokens", "100000", "--temperature", "3"]
+LONG = ["--max-new-tokens", "16000", "--temperature", "3"]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that no token ends, with room for a second of text."""
+    folder = make_model(tmp_path_factory.mktemp("endless"), max_position_embeddings=16384)
+    (folder / "generation_config.json").write_text('{"eos_token_id": []}')
+    return str(folder)
 
 
 @pytest.fixture
@@ -278,10 +286,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
 
 
-def test_interrupt_exits_with_130(tiny: str) -> None:
+def test_interrupt_exits_with_130(endless: str) -> None:
     """^C while text is coming: no traceback."""
     with subprocess.Popen(
-        [*COMMAND, "generate", "x", "--model", tiny, *NEVER_ENDS],
+        [*COMMAND, "generate", "x", "--model", endless, *LONG],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),
@@ -358,11 +366,11 @@ def test_input_that_is_not_utf8(tiny: str) -> None:
     assert b"the prompt is not valid Unicode" in generate.stderr
 
 
-def test_chat_in_a_terminal(tiny: str) -> None:
+def test_chat_in_a_terminal(endless: str) -> None:
     """^C stops the answer, ^D leaves."""
     controller, terminal = pty.openpty()
     with subprocess.Popen(
-        [*COMMAND, "chat", "--model", tiny, *NEVER_ENDS],
+        [*COMMAND, "chat", "--model", endless, *LONG],
         stdin=terminal,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
