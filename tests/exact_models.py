@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from block_util import block_inputs, quantised
 from medusa_ext import _core
 from util import backend_for, fitting_head_dim
 
@@ -22,7 +23,8 @@ class Shape:
     residual stream are equal, and token 2i + 1 has token 2i's row of lm_head with some columns of
     one half swapped against the other. The two logits are the same sum in another order: they
     differ by rounding alone, and rounding picks the token, whose embedding is unlike its twin's.
-    One changed bit anywhere upstream soon changes the whole text.
+    One changed bit anywhere upstream soon changes the whole text. Where weights lie in blocks,
+    whole blocks are swapped, so that the twins still hold the same numbers.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Shape:
     head_vocab: int = 0  # rows of each head's own lm_head; 0: the model's is shared
     draft_vocab: int = 0  # rows of the model's that shared heads choose among; 0: all
     logit_scale: float = 3.0  # standard deviation of the logits
+    blocks: str = ""  # type of all matrices; "": dtype
 
 
 SHAPES = [
@@ -69,6 +72,18 @@ SHAPES = [
         config=(("activation", "gelu"), ("attention_scale", 0.3), ("o_bias", True)),
         rope=(("attention_scaling", 1.1),),
     ),
+]  # fmt: skip
+BLOCK_SHAPES = [
+    Shape("q8_0", "bf16", 96, 256, 96, head_dim=32, heads=3, head_layers=1, blocks="q8_0"),
+    Shape(
+        "q4_0-own-lm-heads", "f16", 64, 256, 160, head_dim=32, windows=(24, 0), heads=2,
+        head_vocab=40, blocks="q4_0",
+    ),
+    Shape(
+        "q4_1-draft-vocab", "bf16", 80, 256, 64, head_dim=32, heads=2, head_layers=1,
+        draft_vocab=60, config=(("qkv_bias", True), ("mlp_bias", True)), blocks="q4_1",
+    ),
+    Shape("q4_k", "f32", 64, 512, 256, head_dim=64, heads=2, head_layers=1, blocks="q4_k"),
 ]  # fmt: skip
 
 
@@ -111,11 +126,17 @@ def mirrored(x: np.ndarray, axis: int) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate([half, half], axis))
 
 
-def with_twins(rng: Rng, weight: np.ndarray) -> np.ndarray:
-    """Odd rows become the row before, some columns swapped against those of the other half."""
+def with_twins(rng: Rng, weight: np.ndarray, unit: int) -> np.ndarray:
+    """Odd rows become the row before, some columns swapped against those of the other half.
+
+    They are swapped in units, one of them at least.
+    """
     out, half = weight.copy(), weight.shape[1] // 2
     for row in range(1, len(out), 2):
-        pick = np.flatnonzero(rng.random(half) < 0.5)
+        swapped = rng.random(half // unit) < 0.5
+        if unit > 1:
+            swapped[0] = True
+        pick = np.flatnonzero(np.repeat(swapped, unit))
         out[row] = out[row - 1]
         out[row, pick], out[row, pick + half] = out[row - 1, pick + half], out[row - 1, pick]
     return out
@@ -142,7 +163,11 @@ def tiny_weights(shape: Shape) -> dict[str, np.ndarray]:
         # Random signs, or every token would be its own likeliest successor.
         weights["norm.weight"] *= mirrored(rng.choice([-1, 1], d).astype(np.float32), 0)
     else:
-        weights["lm_head.weight"] = with_twins(rng, matrix(shape.vocab, d, shape.logit_scale))
+        weights["lm_head.weight"] = with_twins(
+            rng,
+            matrix(shape.vocab, d, shape.logit_scale),
+            block_inputs(shape.blocks) if shape.blocks else 1,
+        )
     for layer in range(2):
         block = {
             "attn_norm": gain(d),
@@ -187,9 +212,17 @@ def tiny_weights(shape: Shape) -> dict[str, np.ndarray]:
 
 def build_model(shape: Shape, backend: _core.Backend, *, zero: bool = False) -> _core.Model:
     """zero: every output weight is 0, so that all logits tie everywhere."""
-    builder = _core.ModelBuilder(config_json(shape), shape.dtype, backend)
-    for name, value in tiny_weights(shape).items():
-        builder.add(name, np.zeros_like(value) if zero and "lm_head" in name else value)
+    weights = tiny_weights(shape)
+    blocks = {
+        name: shape.blocks for name, value in weights.items() if shape.blocks and value.ndim == 2
+    }
+    builder = _core.ModelBuilder(config_json(shape), shape.dtype, backend, blocks)
+    for name, value in weights.items():
+        value = np.zeros_like(value) if zero and "lm_head" in name else value
+        if name in blocks:
+            builder.add(name, quantised(value, shape.blocks), shape.blocks)
+        else:
+            builder.add(name, value)
     return builder.finish()
 
 

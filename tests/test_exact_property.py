@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import exact_util as exact
-from exact_models import CONTEXT, SHAPES, Rng, Shape, model_for
+from exact_models import BLOCK_SHAPES, CONTEXT, SHAPES, Rng, Shape, model_for
 from exact_util import Job, ScriptedDrafter, Tally
 from medusa_ext import _core
 from medusa_ext.trees import named_tree, tree_names
@@ -128,17 +128,24 @@ def check_random_case(backend: _core.Backend, shape: Shape, case: int) -> None:
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def skip_where_not_stored(backend: _core.Backend, shape: Shape) -> None:
+    if shape.blocks and backend.name != "cpu":
+        pytest.skip("this backend stores no weights in blocks")
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *BLOCK_SHAPES], ids=lambda shape: shape.name)
 def test_speculation_never_changes_the_tokens(
     backend: _core.Backend, shape: Shape, case_count: Callable[[int], int]
 ) -> None:
-    for case in range(case_count(30)):
+    skip_where_not_stored(backend, shape)
+    for case in range(case_count(10 if shape.blocks else 30)):
         check_random_case(backend, shape, case)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", [*SHAPES, *BLOCK_SHAPES], ids=lambda shape: shape.name)
 def test_one_at_a_time_decoding_ends_where_it_should(backend: _core.Backend, shape: Shape) -> None:
     """The reference runs without end and is cut by Python; here a session cuts by itself."""
+    skip_where_not_stored(backend, shape)
     isa = unit_of(backend)
     rng = np.random.default_rng(len(shape.name))
     model = model_for(shape, isa, 1)
@@ -151,7 +158,7 @@ def test_one_at_a_time_decoding_ends_where_it_should(backend: _core.Backend, sha
 def test_every_shape_is_worth_testing(backend: _core.Backend) -> None:
     """Texts that differ from each other and in themselves; twins between which rounding chooses."""
     isa = unit_of(backend)
-    for shape in SHAPES:
+    for shape in [*SHAPES, *(BLOCK_SHAPES if backend.name == "cpu" else [])]:
         rng = np.random.default_rng(5)
         jobs = [Job(tuple(rng.integers(0, shape.vocab, 9).tolist()), 40) for _ in range(4)]
         texts = [exact.known_tokens(shape, isa, job, CONTEXT) for job in jobs]
