@@ -327,3 +327,106 @@ def test_planned_bytes_of_blocks(tmp_path):
         model = outputs * 128 // 32 * num_bytes + 4 * floats
         heads = 3 * (96 + 32) * 128 // 32 * 34 + 4 * 3 * 96 + 4 * 5  # biases, token map
         assert weight_bytes(checkpoint.entries, stored) == (model, heads)
+
+
+# Loaded
+
+
+def scores(model: _core.Model) -> np.ndarray:
+    tokens = list(range(3, 40))
+    logits = np.full((len(tokens), util.VOCAB), np.nan, np.float32)
+    _core.score(model, tokens, 16, logits, None)
+    assert np.isfinite(logits).all()
+    return logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resident_bytes_are_those_planned(files, tmp_path, kind):
+    """Exactly, as blocks are counted with their padding; 320 rows and 256 inputs pad nothing."""
+    backend = _core.Backend(threads=1)
+    checkpoint = open_checkpoint(files[kind], util.make_heads(tmp_path / "B", "B", hidden=256))
+    loaded = load_model(files[kind], tmp_path / "B", backend=backend)
+    planned = weight_bytes(checkpoint.entries, loaded.stored)
+    assert sum(planned) == loaded.model.weight_bytes
+    assert loaded.stored.text in (f"bf16, {kind.lower()}", f"{kind.lower()}, bf16")
+
+
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+def test_resident_bytes_of_odd_sizes(tmp_path, weights):
+    """Rows and outputs that are padded; the 5 ids of the token map are in no Buffer."""
+    config = {"hidden_size": 96, "intermediate_size": 96, "head_dim": 16}
+    folder = util.make_model(
+        tmp_path / "hf", num_attention_heads=4, num_key_value_heads=1, **config
+    )
+    heads = util.make_heads(tmp_path / "E", "E", hidden=96, vocab=5)
+    checkpoint = open_checkpoint(folder, heads)
+    loaded = load_model(folder, heads, weights=weights, backend=_core.Backend(threads=1))
+    planned = weight_bytes(checkpoint.entries, loaded.stored)
+    assert sum(planned) == loaded.model.weight_bytes + 4 * 5
+    plain = load_model(folder, None, weights=weights, backend=_core.Backend(threads=1))
+    assert planned[0] == plain.model.weight_bytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_readers_store_the_same_bits(files, tmp_path, kind):
+    """From the GGUF file, from an export in Python, and from an export in C++."""
+    backend = _core.Backend(threads=1)
+    out = export(files[kind], None, tmp_path / "m.safetensors")
+    models = [load_model(path, backend=backend).model for path in (files[kind], out)]
+    models.append(_core.load_model(str(out), "bf16", backend))
+    assert len({model.weight_bytes for model in models}) == 1
+    logits = [scores(model) for model in models]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    np.testing.assert_array_equal(logits[0], logits[2])
+    floats = scores(load_model(files[kind], weights="f32", backend=backend).model)
+    # The blocks' own values, but for rows of x rounded to 8 bits.
+    assert np.abs(floats - logits[0]).mean() < 0.05 * np.abs(floats).mean()
+
+
+def test_quantised_in_loading_as_the_package_does(base, tmp_path):
+    """What q8 and q4 make of floats is what a GGUF file of that type holds."""
+    backend = _core.Backend(threads=1)
+    for weights, kind in (("q8", "Q8_0"), ("q4", "Q4_1")):
+        path = util.make_gguf(tmp_path / f"{kind}.gguf", base, kind=kind)
+        mine = load_model(base, weights=weights, backend=backend)
+        theirs = load_model(path, dtype="f32", backend=backend)
+        assert mine.stored.text == theirs.stored.text == kind.lower()
+        np.testing.assert_array_equal(scores(mine.model), scores(theirs.model))
+
+
+@pytest.mark.parametrize("weights", BLOCKS)
+def test_random_models_in_blocks(files, weights):
+    """Every matrix whose rows fill blocks, with logits of the usual size."""
+    backend = _core.Backend(threads=1)
+    checkpoint = open_checkpoint(files["Q8_0"], None)
+    config = json.dumps(checkpoint.config)
+    model = _core.random_model(config, "f32", 3, backend, weights)
+    chosen = open_checkpoint(files[weights.upper()], None).stored(dtype="f32")
+    assert model.weight_bytes == sum(weight_bytes(checkpoint.entries, chosen))
+    plain = _core.random_model(config, "f32", 3, backend)
+    ratio = scores(model).std() / scores(plain).std()
+    assert 0.5 < ratio < 2
+    if weights == "q8_0":
+        assert np.abs(scores(model) - scores(plain)).mean() < 0.05 * scores(plain).std()
+    for wrong in ("i32", "q5_0", "bf16"):
+        with pytest.raises(ValueError, match=r"choose|give the same type"):
+            _core.random_model(config, "f32", 3, backend, wrong)
+
+
+@pytest.mark.parametrize("own_lm_head", [True, False])
+def test_heads_of_another_type_than_the_model(files, tmp_path, own_lm_head):
+    """bf16 heads before blocks of a shared lm_head, and whatever else stands beside what.
+
+    Guesses never change the output, so the heads' own candidates are compared, with a model all in
+    f32 of the same values: nearly all must agree.
+    """
+    folder = util.make_heads(tmp_path / "heads", "B", hidden=256, own_lm_head=own_lm_head)
+    backend = _core.Backend(threads=1)
+    hidden = np.random.default_rng(0).standard_normal((50, 256)).astype(np.float32)
+    found = {}
+    for weights in ("f32", "auto", "q8"):
+        model = load_model(files["Q8_0"], folder, weights=weights, backend=backend).model
+        found[weights] = np.full((3, 50, 4), -1, np.int32)
+        _core.head_candidates(model, hidden, found[weights])
+    for weights in ("auto", "q8"):
+        assert (found[weights][..., 0] == found["f32"][..., 0]).mean() > 0.9

@@ -16,8 +16,10 @@ _STACKS = {  # parts of one matrix in memory, see csrc/core/model.cpp
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
 }
-# Blocks are packed for so many outputs side by side and so many inputs at once.
+# As the CPU packs blocks (csrc/backend/cpu/kernels/block_layout.h): so many outputs side by side, so
+# many inputs at once, and bytes of a block, of which the 6-bit scales of q4_k become whole bytes.
 _OUTPUTS, _INPUTS = 32, 64
+_PACKED_BYTES = {name: block.num_bytes for name, block in BLOCKS.items()} | {"q4_k": 148}
 
 
 @dataclass(frozen=True)
@@ -128,4 +130,4 @@ def _matrix_bytes(parts: Sequence[Entry], blocks: Mapping[str, str], dtype: str)
         return sum(count(entry.shape) for entry in parts) * FLOAT_BYTES[dtype]
     outputs, inputs = sum(entry.shape[0] for entry in parts), parts[0].shape[1]
     elements = -(-outputs // _OUTPUTS) * _OUTPUTS * -(-inputs // _INPUTS) * _INPUTS
-    return elements // BLOCKS[kind].elements * BLOCKS[kind].num_bytes
+    return elements // BLOCKS[kind].elements * _PACKED_BYTES[kind]
