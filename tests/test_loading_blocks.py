@@ -4,6 +4,7 @@ What the blocks mean is the package gguf's word here.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from safetensors.numpy import load_file, save_file
 import loading_util as util
 from medusa_ext import _core
 from medusa_ext.loading import LoadError, export, inspect, load_model, open_checkpoint
-from medusa_ext.loading.blocks import BLOCKS, dequantise, expand, scales_are_finite
+from medusa_ext.loading.blocks import (
+    BLOCKS,
+    dequantise,
+    expand,
+    quantise,
+    round_bf16,
+    scales_are_finite,
+)
 from medusa_ext.loading.files import SafetensorsTensors
 from medusa_ext.loading.stored import Stored, weight_bytes
 
@@ -267,7 +275,7 @@ def test_exported_mixtures(base, tmp_path):
     floats = export(path, None, tmp_path / "f.safetensors", weights="f16")
     assert "medusa_ext.blocks" not in SafetensorsTensors(floats).metadata
     assert types_of(floats).text == "f16"
-    with pytest.raises(ValueError, match="weights must be 'auto' or 'f32'"):
+    with pytest.raises(ValueError, match="weights must be 'auto' or 'q8'"):
         export(path, None, tmp_path / "q.safetensors", weights="q3")
 
 
@@ -392,6 +400,57 @@ def test_quantised_in_loading_as_the_package_does(base, tmp_path):
         theirs = load_model(path, dtype="f32", backend=backend)
         assert mine.stored.text == theirs.stored.text == kind.lower()
         np.testing.assert_array_equal(scores(mine.model), scores(theirs.model))
+
+
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+@pytest.mark.parametrize("source", ["f32", "bf16", "f16", "Q4_0", "Q4_K"])
+def test_quantised_in_export_as_in_loading(files, tmp_path, source, weights):
+    """Heads too, and a group of zeros."""
+    torch_names = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+    path = files.get(source)
+    if path is None:
+        path = util.make_model(tmp_path / "hf", dtype=torch_names[source], **SIZES)
+        state = util.read_weights(path)
+        state["model.layers.0.mlp.up_proj.weight"][3, 32:64] = 0
+        util.write_weights(path, state)
+    heads = util.make_heads(tmp_path / "heads", "B", hidden=256)
+    backend = _core.Backend(threads=1)
+    loaded = load_model(path, heads, weights=weights, backend=backend)
+    out = export(path, heads, tmp_path / "m.safetensors", weights=weights)
+    assert types_of(out, heads="auto") == replace(loaded.stored, weights="auto")
+    model = _core.load_model(str(out), loaded.stored.dtype, backend)
+    np.testing.assert_array_equal(scores(model), scores(loaded.model))
+    hidden = np.random.default_rng(0).standard_normal((20, 256)).astype(np.float32)
+    found = [np.full((3, 20, 32), -1, np.int32) for _ in range(2)]
+    for ids, one in zip(found, (model, loaded.model), strict=True):
+        _core.head_candidates(one, hidden, ids)
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(("kind", "package"), [("q8_0", "Q8_0"), ("q4_1", "Q4_1")])
+def test_quantised_as_the_package_does(kind, package):
+    """Halves among them, which q8_0 rounds away from zero, and the greatest values there are."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 96)).astype(np.float32)
+    x[:20] = rng.integers(-127, 128, (20, 96)) / 2
+    x[:20, ::32] = 127
+    x[20:30] *= 1e4
+    x[30:40] *= 1e-7
+    wanted = gguf.quantize(x, gguf.GGMLQuantizationType[package])
+    np.testing.assert_array_equal(quantise(kind, x, "f32"), wanted)
+    bits = round_bf16(x)
+    widened = (bits.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(quantise(kind, bits, "bf16"), quantise(kind, widened, "f32"))
+
+
+def test_values_beyond_a_scale_are_not_exported(base, tmp_path):
+    folder = util.make_model(tmp_path / "hf", **SIZES)
+    state = util.read_weights(folder)
+    state["model.layers.1.self_attn.o_proj.weight"][0, 0] = 1e9
+    util.write_weights(folder, state)
+    with pytest.raises(LoadError, match=r"o_proj\.weight holds values beyond the scales of q8_0"):
+        export(folder, None, tmp_path / "m.safetensors", weights="q8")
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("weights", BLOCKS)

@@ -67,7 +67,8 @@ def export(
         ),
     ],
     weights: Annotated[
-        str, typer.Option(help="auto (as in the file), or bf16, f16 or f32 instead of blocks.")
+        str,
+        typer.Option(help="auto (as in the file), q8, q4, or bf16, f16 or f32 instead of blocks."),
     ] = "auto",
     head_vocab: common.HeadVocab = "auto",
     local_files_only: common.LocalFilesOnly = False,

@@ -97,6 +97,52 @@ def _q4_k(scales: Floats, data: Bytes) -> Floats:
     return values.reshape(-1, 256)
 
 
+def quantise(kind: str, array: NDArray[Any], given: str) -> Bytes:
+    """Rows of floats (bf16 as uint16) -> rows of q8_0 or q4_1 blocks, bit for bit as the core does.
+
+    The rules stand in csrc/backend/cpu/block_weight.h.
+    """
+    columns = array.shape[1]
+    out: Bytes = np.empty((len(array), row_bytes(kind, columns)), np.uint8)
+    step = max(1, _CHUNK // columns)
+    for first in range(0, len(array), step):
+        part = array[first : first + step]
+        if given == "bf16":
+            part = (part.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        groups = part.astype(np.float32).reshape(-1, BLOCKS[kind].elements)
+        blocks = _q8_0(groups) if kind == "q8_0" else _q4_1(groups)
+        out[first : first + step] = blocks.reshape(len(part), -1)
+    return out
+
+
+def _q8_0(groups: Floats) -> Bytes:
+    d = np.abs(groups).max(1, keepdims=True) / np.float32(127)
+    q = (groups * _inverse(d)).astype(np.float64)  # in which half is added without rounding
+    q = np.clip(np.trunc(q + np.copysign(0.5, q)), -127, 127)
+    return np.concatenate([_f16(d), q.astype(np.int8).view(np.uint8)], axis=1)
+
+
+def _q4_1(groups: Floats) -> Bytes:
+    m = groups.min(1, keepdims=True)
+    d = (groups.max(1, keepdims=True) - m) / np.float32(15)
+    q = np.floor((groups - m) * _inverse(d) + np.float32(0.5))
+    low, high = np.split(np.clip(q, 0, 15).astype(np.uint8), 2, axis=1)
+    return np.concatenate([_f16(d), _f16(m), low | high << np.uint8(4)], axis=1)
+
+
+def _inverse(d: Floats) -> Floats:
+    zero = d == 0
+    inverse: Floats = np.where(
+        zero, np.float32(0), np.float32(1) / np.where(zero, np.float32(1), d)
+    )
+    return inverse
+
+
+def _f16(values: Floats) -> Bytes:
+    with np.errstate(over="ignore"):  # the caller looks for scales that are not finite
+        return values.astype(np.float16).view(np.uint8)
+
+
 def expand(kind: str, rows: Bytes, dtype: str) -> NDArray[Any]:
     """Rows of blocks as "f32", "f16" or "bf16" (uint16), rounded to nearest even; in pieces."""
     block = BLOCKS[kind]

@@ -11,17 +11,23 @@ from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from medusa_ext.loading.blocks import BLOCKS_KEY, blocks_to_json, row_bytes
+from medusa_ext.loading.blocks import (
+    BLOCKS_KEY,
+    blocks_to_json,
+    quantise,
+    row_bytes,
+    scales_are_finite,
+)
 from medusa_ext.loading.checkpoint import FORMAT, Checkpoint, open_checkpoint
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.files import FLOAT_BYTES
 from medusa_ext.loading.head_rows import HeadVocab
 from medusa_ext.loading.plan import Entry, count, to_json
 from medusa_ext.loading.source import Source
-from medusa_ext.loading.stored import Stored
+from medusa_ext.loading.stored import Stored, check_types
 from medusa_ext.loading.tokenizer import to_metadata
-from medusa_ext.options import choice
 
 CALIBRATION_FILE = "calibration.json"  # beside heads, see medusa_ext/calibration/file.py
 CALIBRATION_KEY = "medusa_ext.calibration"  # its text in the one-file form
@@ -47,7 +53,8 @@ def export(
         model: what `load_model` takes.
         heads: what `load_model` takes.
         out: the file to write, ending in .safetensors; an existing file is replaced.
-        weights: "auto", or "bf16", "f16" or "f32" to expand all blocks to that type, as GPUs need.
+        weights: "auto"; "q8" or "q4" to quantise as loading does; or "bf16", "f16" or "f32" to
+            expand all blocks to that type, as GPUs need.
         head_vocab: what `load_model` takes.
         **hub: local_files_only, cache_dir and revision of `resolve`.
 
@@ -62,7 +69,7 @@ def export(
         raise LoadError(f"cannot export to {path}; wanted a file name ending in .safetensors")
     if path.is_dir() or not path.parent.is_dir():
         raise LoadError(f"cannot export to {path}; wanted a file in an existing directory")
-    choice("weights", weights, ("auto", *FLOAT_BYTES))
+    check_types(weights, "auto")
     checkpoint = open_checkpoint(model, heads, head_vocab=head_vocab, **hub)
     stored = checkpoint.stored(weights)
     metadata = _metadata(checkpoint, stored)
@@ -119,13 +126,13 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file, one tensor at a time.
 
-    Those that `blocks` names are written as the blocks that they are; others become `expanded`.
+    Those that `blocks` names are written as blocks of that type, other blocks become `expanded`.
     """
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for entry in sorted(entries, key=lambda entry: entry.name):
         if entry.name in blocks:
-            word, shape = "U8", [entry.shape[0], row_bytes(entry.dtype, entry.shape[1])]
+            word, shape = "U8", [entry.shape[0], row_bytes(blocks[entry.name], entry.shape[1])]
             size = shape[0] * shape[1]
         else:
             stored = _stored(entry, expanded)
@@ -142,12 +149,23 @@ def write_tensors(
     file.write(struct.pack("<Q", len(text)) + text)
     for entry in sorted(entries, key=lambda entry: entry.name):
         if entry.name in blocks:
-            array = entry.read_blocks()
+            array = _blocks(entry, blocks[entry.name])
         else:
             array, _ = entry.read(_stored(entry, expanded))
         file.write(array.reshape(-1).view(np.uint8).data)  # tofile hides why a disk refuses
         del array
         entry.file.release(entry.key)
+
+
+def _blocks(entry: Entry, kind: str) -> NDArray[np.uint8]:
+    if entry.dtype == kind:
+        return entry.read_blocks()
+    rows = quantise(kind, *entry.read("f32"))
+    if not scales_are_finite(kind, rows):
+        raise LoadError(
+            f"{entry.file.path}: tensor {entry.key} holds values beyond the scales of {kind} blocks"
+        )
+    return rows
 
 
 def _stored(entry: Entry, expanded: str) -> str:

@@ -16,8 +16,8 @@ _STACKS = {  # parts of one matrix in memory, see csrc/core/model.cpp
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
 }
-# As the CPU packs blocks (csrc/backend/cpu/kernels/block_layout.h): so many outputs side by side, so
-# many inputs at once, and bytes of a block, of which the 6-bit scales of q4_k become whole bytes.
+# As the CPU packs blocks (csrc/backend/cpu/kernels/block_layout.h): outputs side by side, inputs at
+# once, and bytes of a block; the 6-bit scales of q4_k become whole bytes.
 _OUTPUTS, _INPUTS = 32, 64
 _PACKED_BYTES = {name: block.num_bytes for name, block in BLOCKS.items()} | {"q4_k": 148}
 
