@@ -21,6 +21,7 @@ from medusa_ext.loading.source import Source, resolve
 
 # Nodes of a tree, tokens drafted ahead: no contestant may meet the end of its context.
 ROOM_FOR_GUESSES = 64
+WIDTH = 140  # of the table in a file
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -79,7 +80,7 @@ def _measure(wanted: Settings, arguments: Sequence[str]) -> int:
         )
 
     found = report.lines(outcome, text.eos_ids)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     report.show(console, found, outcome.left_out)
     try:
         paths, no_chart = report.write(

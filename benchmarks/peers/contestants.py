@@ -79,6 +79,10 @@ class Contestant:
         return None
 
 
+def _drafted(tokens: int) -> str:
+    return f", {tokens} drafted" if tokens else ""
+
+
 def _medusa(job: Job, heads: str | None) -> Loaded:
     from medusa_ext import Engine
 
@@ -144,6 +148,7 @@ def _llama_cpp(job: Job, draft_tokens: int = 0) -> Loaded:
         n_threads=job.threads,
         n_threads_batch=job.threads,
         flash_attn=True,
+        logits_all=bool(draft_tokens),  # drafting needs them; else it fails beyond n_batch tokens
         draft_model=LlamaPromptLookupDecoding(num_pred_tokens=draft_tokens)
         if draft_tokens
         else None,
@@ -159,8 +164,7 @@ def _llama_cpp(job: Job, draft_tokens: int = 0) -> Loaded:
             if token in job.eos_ids or len(trace.tokens) >= max_tokens:
                 break
 
-    drafting = f", {draft_tokens} drafted" if draft_tokens else ""
-    return Loaded(f"blocks of the file, flash attention{drafting}", answer)
+    return Loaded(f"blocks of the file, flash attention{_drafted(draft_tokens)}", answer)
 
 
 def _llama_cpp_plain(job: Job) -> Loaded:
@@ -171,19 +175,23 @@ def _llama_cpp_lookup(job: Job) -> Loaded:
     return _llama_cpp(job, draft_tokens=2)  # what its README advises for CPUs
 
 
-def _openvino(job: Job) -> Loaded:
+def _openvino(job: Job, draft_tokens: int = 0) -> Loaded:
     import numpy as np
     import openvino
     import openvino_genai as genai
 
     scheduler = genai.SchedulerConfig()
     scheduler.enable_prefix_caching = False
+    scheduler.max_num_batched_tokens = job.context  # a prompt in one pass
+    drafting: dict[str, bool] = {"prompt_lookup": True} if draft_tokens else {}
     pipeline = genai.LLMPipeline(
         job.model,
         "CPU",
         scheduler_config=scheduler,
         INFERENCE_NUM_THREADS=job.threads,
         PERFORMANCE_HINT="LATENCY",
+        ENABLE_CPU_PINNING=False,  # as the others: what else runs may take any core
+        **drafting,
     )
 
     class Into(genai.StreamerBase):
@@ -207,11 +215,22 @@ def _openvino(job: Job) -> Loaded:
             stop_token_ids=set(job.eos_ids),
             apply_chat_template=False,
         )
+        if draft_tokens:
+            config.num_assistant_tokens = draft_tokens
+            config.max_ngram_size = 3
         prompt = openvino.Tensor(np.array([ids], np.int64))
         mask = openvino.Tensor(np.ones((1, len(ids)), np.int64))
         pipeline.generate(genai.TokenizedInputs(prompt, mask), config, Into(trace))
 
-    return Loaded("blocks of the file", answer)
+    return Loaded(f"blocks of the file{_drafted(draft_tokens)}", answer)
+
+
+def _openvino_plain(job: Job) -> Loaded:
+    return _openvino(job)
+
+
+def _openvino_lookup(job: Job) -> Loaded:
+    return _openvino(job, draft_tokens=5)  # as its sample of prompt lookup
 
 
 def load_torch_model(path: Path) -> Any:  # noqa: ANN401 - a transformers model
@@ -229,7 +248,7 @@ def load_torch_model(path: Path) -> Any:  # noqa: ANN401 - a transformers model
     ).eval()
 
 
-def _transformers(job: Job, **options: Any) -> Loaded:  # noqa: ANN401 - of generate()
+def _transformers(job: Job, draft_tokens: int = 0) -> Loaded:
     import torch
     from transformers.generation.streamers import BaseStreamer
 
@@ -262,11 +281,11 @@ def _transformers(job: Job, **options: Any) -> Loaded:  # noqa: ANN401 - of gene
                 eos_token_id=job.eos_ids,
                 pad_token_id=job.eos_ids[0] if job.eos_ids else 0,
                 streamer=Into(trace),
-                **options,
+                prompt_lookup_num_tokens=draft_tokens or None,
             )
 
-    drafting = "".join(f", {count} drafted" for count in options.values())
-    return Loaded(f"bf16, {model.config._attn_implementation}{drafting}", answer)
+    attention = model.config._attn_implementation
+    return Loaded(f"bf16, {attention}{_drafted(draft_tokens)}", answer)
 
 
 def _transformers_plain(job: Job) -> Loaded:
@@ -274,7 +293,7 @@ def _transformers_plain(job: Job) -> Loaded:
 
 
 def _transformers_lookup(job: Job) -> Loaded:
-    return _transformers(job, prompt_lookup_num_tokens=10)
+    return _transformers(job, draft_tokens=10)
 
 
 def _ctranslate2(job: Job) -> Loaded:
@@ -309,7 +328,8 @@ def _ctranslate2(job: Job) -> Loaded:
 
 _TORCH = "torch transformers gguf accelerate"
 _TORCH_MODULES = ("torch", "transformers.generation.utils", "gguf", "accelerate")
-_OWN_MODULES = ("medusa_ext.engine",)
+_OPENVINO_MODULES = ("openvino", "openvino_genai")
+_OWN_MODULES = ("medusa_ext.engine", "transformers")
 
 CONTESTANTS = {
     "medusa-plain": Contestant(_medusa_plain, _OWN_MODULES, "medusa_ext", needs_gguf=False),
@@ -317,7 +337,8 @@ CONTESTANTS = {
     "medusa-lookup": Contestant(_medusa_lookup, _OWN_MODULES, "medusa_ext", needs_gguf=False),
     "llama.cpp": Contestant(_llama_cpp_plain, ("llama_cpp",), "llama-cpp-python"),
     "llama.cpp-lookup": Contestant(_llama_cpp_lookup, ("llama_cpp",), "llama-cpp-python"),
-    "openvino": Contestant(_openvino, ("openvino", "openvino_genai"), "openvino-genai"),
+    "openvino": Contestant(_openvino_plain, _OPENVINO_MODULES, "openvino-genai"),
+    "openvino-lookup": Contestant(_openvino_lookup, _OPENVINO_MODULES, "openvino-genai"),
     "ctranslate2": Contestant(_ctranslate2, ("ctranslate2",), "ctranslate2"),
     "transformers": Contestant(_transformers_plain, _TORCH_MODULES, _TORCH),
     "transformers-lookup": Contestant(_transformers_lookup, _TORCH_MODULES, _TORCH),

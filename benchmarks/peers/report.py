@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -18,9 +19,21 @@ from benchmarks.peers.contestants import OURS, PLAIN
 from benchmarks.peers.figures import Agreement, Spread
 from benchmarks.peers.prompts import PREFILL_TOKENS
 
-_OWN_COLOURS = ("#0b4f8a", "#2e86c8", "#9cc7e8")
-_PEER_COLOURS = ("#8c3b00", "#e0893f", "#4f7f3a", "#6b5b95", "#b03a5b", "#e39aad")
+# Of a peer's pair the lighter one looks up the prompt.
+_COLOURS = {
+    "medusa-plain": "#9cc7e8",
+    "medusa-heads": "#0b4f8a",
+    "medusa-lookup": "#2e86c8",
+    "llama.cpp": "#8c3b00",
+    "llama.cpp-lookup": "#e0893f",
+    "openvino": "#3f7030",
+    "openvino-lookup": "#9bc48a",
+    "ctranslate2": "#6b5b95",
+    "transformers": "#b03a5b",
+    "transformers-lookup": "#e39aad",
+}
 ALL = "all"
+DETAIL = "computes with"  # too long for the console's table
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ def lines(outcome: Outcome, eos_ids: Sequence[int]) -> list[Line]:
 def table(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table."""
     compared = list(dict.fromkeys(own for line in found for own in line.ratios))
-    head = ["contestant", "computes with", "tokens/s", "p25-p75"]
+    head = ["contestant", DETAIL, "tokens/s", "p25-p75"]
     head += [f"{own} / this" for own in compared]
     head += ["tokens/step", "first token, ms", f"prefill of {PREFILL_TOKENS}, tokens/s"]
     head += ["peak MiB", "of it imports"]
@@ -157,14 +170,17 @@ def sentences(found: Sequence[Line], left_out: dict[str, str]) -> list[str]:
 def show(console: Console, found: Sequence[Line], left_out: dict[str, str]) -> None:
     """Print the table and what belongs to it."""
     head, rows = table(found)
-    shown = Table(*head)
-    for column in shown.columns[2:]:
-        column.justify = "right"
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for place, name in enumerate(head):
+        if name != DETAIL:
+            is_name = place == 0
+            shown.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*(cell for cell, name in zip(row, head, strict=True) if name != DETAIL))
     if rows:
         console.print(shown)
-    for sentence in sentences(found, left_out):
+    details = [f"{line.name}: computes with {line.detail}" for line in found]
+    for sentence in details + sentences(found, left_out):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -280,15 +296,11 @@ def draw(found: Sequence[Line], names: Sequence[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
     groups = [ALL, *names] if len(names) > 1 else [ALL]
-    figure = Figure(figsize=(max(7.0, 0.16 * len(groups) * (len(found) + 2) + 1.5), 5.0))
+    figure = Figure(figsize=(max(9.5, 0.16 * len(groups) * (len(found) + 2) + 1.5), 5.0))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     width = 0.84 / max(1, len(found))
-    colours = {line.name: (_OWN_COLOURS if line.name in OURS else _PEER_COLOURS) for line in found}
-    seen: dict[tuple[str, ...], int] = {}
     for index, line in enumerate(found):
-        palette = colours[line.name]
-        seen[palette] = seen.get(palette, -1) + 1
         rates = {ALL: line.rate, **line.by_category}
         places, heights, errors = [], [], []
         for group, category in enumerate(groups):
@@ -302,7 +314,7 @@ def draw(found: Sequence[Line], names: Sequence[str], path: Path) -> None:
             heights,
             width,
             yerr=list(zip(*errors, strict=True)) if errors else None,
-            color=palette[seen[palette] % len(palette)],
+            color=_COLOURS.get(line.name, "#777777"),
             error_kw={"elinewidth": 0.6, "ecolor": "#555555"},
             label=line.name,
         )
