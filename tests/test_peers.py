@@ -328,10 +328,17 @@ def test_a_result_is_written_whole_or_not_at_all(
 ) -> None:
     outcome = outcome_of((7, 8, 9))
     found = report.lines(outcome, [])
-    about = {**machine.describe(), "command": "c", "model": {"name": "m", "mib": 1.0}}
+    about = {
+        **machine.describe(),
+        "load_before": 3.0,
+        "command": "c",
+        "model": {"name": "m", "mib": 1.0},
+    }
     report.write(tmp_path, about, found, outcome)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(before) == 3
+    assert b"- this machine was busy before the start (load 3.0)" in before["peers.md"]
+    assert report.busy(0.1) is None
 
     def breaks(_found: object, _names: object, path: Path) -> None:
         path.write_bytes(b"half")

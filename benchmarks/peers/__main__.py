@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from medusa_ext.loading.source import Source, resolve
 
 # Nodes of a tree, tokens drafted ahead: no contestant may meet the end of its context.
 ROOM_FOR_GUESSES = 64
-WIDTH = 140  # of the table in a file
+WIDTH = 160  # of the table in a file
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,6 +57,7 @@ def _measure(wanted: Settings, arguments: Sequence[str]) -> int:
         eos_ids=text.eos_ids,
     )
 
+    load = os.getloadavg()[0]
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -84,11 +86,11 @@ def _measure(wanted: Settings, arguments: Sequence[str]) -> int:
     report.show(console, found, outcome.left_out)
     try:
         paths, no_chart = report.write(
-            wanted.out, _about(wanted, arguments, source, text), found, outcome
+            wanted.out, _about(wanted, arguments, source, load), found, outcome
         )
     except OSError as error:
         raise InputError(f"cannot write {error.filename}: {error.strerror}") from None
-    for line in [no_chart, f"wrote {', '.join(map(str, paths))}"]:
+    for line in [report.busy(load), no_chart, f"wrote {', '.join(map(str, paths))}"]:
         if line:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if report.is_exact(found) else 1
@@ -123,7 +125,7 @@ def _context(
 
 
 def _about(
-    wanted: Settings, arguments: Sequence[str], source: Source, text: Text
+    wanted: Settings, arguments: Sequence[str], source: Source, load: float
 ) -> dict[str, Any]:
     options = dataclasses.asdict(wanted) | {"prompts": wanted.prompts.name}
     options.pop("out")
@@ -131,6 +133,7 @@ def _about(
     return {
         "program": "peers",
         **machine.describe(),
+        "load_before": round(load, 2),
         "command": shlex.join(["python", "-m", "benchmarks.peers", *arguments]),
         "settings": options,
         "model": {"name": source.path.name, "mib": round(size / 2**20, 1)},

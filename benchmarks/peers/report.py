@@ -33,6 +33,7 @@ _COLOURS = {
     "transformers-lookup": "#e39aad",
 }
 ALL = "all"
+MOST_LOAD = 0.5
 DETAIL = "computes with"  # too long for the console's table
 
 
@@ -139,6 +140,16 @@ def _number(value: Spread | None) -> str:
 
 def _range(value: Spread | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value.p25:.{digits}f}-{value.p75:.{digits}f}"
+
+
+def busy(load: float) -> str | None:
+    """What a load average before the start says of the figures; None where that is nothing."""
+    if load < MOST_LOAD:
+        return None
+    return (
+        f"this machine was busy before the start (load {load:.1f}): engines whose threads wait for "
+        "each other by spinning lose most by that, and no ratio here is worth quoting"
+    )
 
 
 def is_exact(found: Sequence[Line]) -> bool:
@@ -277,7 +288,9 @@ def markdown(about: dict[str, Any], found: Sequence[Line], outcome: Outcome) -> 
             for line in found
         ]
         text += ["", *_markdown_table(head, rows)]
-    text += [""] + [f"- {sentence}" for sentence in sentences(found, outcome.left_out)]
+    notes = sentences(found, outcome.left_out)
+    notes += filter(None, [busy(about["load_before"])])
+    text += ["", *(f"- {note}" for note in notes)]
     return "\n".join(text) + "\n"
 
 
