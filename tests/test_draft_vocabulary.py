@@ -266,3 +266,32 @@ def test_head_vocab_that_is_no_number(base, value):
     ):
         with pytest.raises(ValueError, match=wanted):
             call()
+
+
+def test_the_builder_wants_both_or_none(base, tmp_path):
+    """The copies and their ids, where the configuration says so."""
+    loaded = util.record(base, heads_with(tmp_path / "heads", IDS))
+    config = loaded.config
+
+    def build(head_vocab: int, without: tuple[str, ...]) -> str:
+        wanted = config | {"heads": config["heads"] | {"head_vocab": head_vocab}}
+        builder = _core.ModelBuilder(json.dumps(wanted), "f32", _core.Backend(threads=1))
+        for name, value in loaded.model.tensors.items():
+            if name not in without:
+                builder.add(name, value)
+        return builder.finish().config
+
+    both = ("heads.draft_lm_head.weight", "heads.token_map")
+    assert json.loads(build(len(IDS), ()))["heads"]["head_vocab"] == len(IDS)
+    for whole in (0, 320):
+        build(whole, both)
+        with pytest.raises(ValueError, match="no place for it"):
+            build(whole, ())
+    for name in both:
+        with pytest.raises(ValueError, match=f"1 tensors are missing: {name}"):
+            build(len(IDS), (name,))
+    with pytest.raises(ValueError, match="found shape"):
+        build(len(IDS) - 1, ())
+    for size in (-1, 321):
+        with pytest.raises(ValueError, match=f"head_vocab: found {size}, wanted 0 to 320"):
+            build(size, both)

@@ -8,6 +8,7 @@ import pytest
 from medusa_ext import Engine
 from medusa_ext.calibration.file import read_calibration
 from medusa_ext.loading import open_checkpoint
+from medusa_ext.loading.head_rows import read_draft_tokens
 from medusa_ext.loading.source import DEMO_HEADS
 
 pytestmark = pytest.mark.checkpoint
@@ -19,6 +20,9 @@ def test_files(demo_path: Path) -> None:
     assert (checkpoint.heads_info.format, checkpoint.heads_info.path) == ("C", DEMO_HEADS)
     assert open_checkpoint(demo_path).heads_info is None  # they belong to the name
     assert (DEMO_HEADS / "medusa_lm_head.safetensors").stat().st_size <= 8_000_000
+    tokens = read_draft_tokens(DEMO_HEADS / "draft_tokens.json", 49152)
+    assert checkpoint.heads_info.head_vocab == len(tokens) == 4096
+    assert set(checkpoint.eos_ids) <= set(tokens[:200])  # every answer has one
     card = (DEMO_HEADS / "README.md").read_text()
     assert "license: apache-2.0" in card
     for command in ("distill", "train", "calibrate"):
@@ -47,7 +51,12 @@ def test_prediction_and_measurement(demo_path: Path) -> None:
 def test_they_are_used_and_change_nothing(demo_path: Path) -> None:
     question = [{"role": "user", "content": "How does a bicycle stay upright?"}]
     results = []
-    for options in ({"heads": None}, {}, {"tree": 16}, {"heads": "demo", "tree": 64}):
+    for options in (
+        {"heads": None},
+        {"head_vocab": None},
+        {"tree": 16},
+        {"heads": "demo", "tree": 64},
+    ):
         with Engine("demo", threads=2, max_context=256, **options) as engine:
             results.append(engine.generate(question, max_new_tokens=96))
     assert len({tuple(result.token_ids) for result in results}) == 1

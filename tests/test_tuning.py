@@ -14,7 +14,7 @@ from calibration_util import calibrated_heads, calibrated_pair, make_prompts, tr
 from medusa_ext import Engine, _core, tuning
 from medusa_ext.calibration.file import Calibration
 from medusa_ext.loading import load_model
-from medusa_ext.tuning import COUNTS, FILE_NAME, Times, choose, read_times, write_times
+from medusa_ext.tuning import COUNTS, FILE_NAME, choose, read_times, write_times
 
 KEY = {"model": "m", "threads": 2}
 TIMES = {1: 0.01, 4: 0.0125, 8: 0.013}
@@ -37,9 +37,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The counts that were asked for in each measurement, which gives FAKE times."""
     asked: list[list[int]] = []
 
-    def fake(model: _core.Model, found: Calibration, counts: list[int]) -> Times:
+    def fake(model: _core.Model, found: Calibration, counts: list[int]) -> dict[int, list[float]]:
         asked.append(list(counts))
-        return {count: FAKE(count) for count in counts}
+        return {count: [FAKE(count)] for count in counts}
 
     monkeypatch.setattr(tuning, "step_times", fake)
     return asked
@@ -97,7 +97,9 @@ def test_an_engine_takes_what_pays(calibrated, cache, measured) -> None:
 
 
 def test_one_node_is_plain_decoding(calibrated, cache, monkeypatch) -> None:
-    monkeypatch.setattr(tuning, "step_times", lambda *_: {count: 0.01 * count for count in COUNTS})
+    monkeypatch.setattr(
+        tuning, "step_times", lambda *_: {count: [0.01 * count] for count in COUNTS}
+    )
     prompts = make_prompts(3, seed=6)
     with (
         Engine(calibrated.model, calibrated.heads, threads=1) as engine,
@@ -140,6 +142,7 @@ def test_real_times(calibrated, cache, monkeypatch) -> None:
     prompts = make_prompts(4, seed=8)
     with Engine(calibrated.model, None, threads=1) as plain:
         wanted = [one.token_ids for one in plain.generate(prompts, max_new_tokens=50)]
+    monkeypatch.setattr(tuning, "is_steady", lambda _: True)
     with Engine(calibrated.model, calibrated.heads, threads=1) as engine:
         stats = engine.session_stats()
         assert (stats.steps, stats.pages_used, stats.pages_cached) == (0, 0, 0)
@@ -170,6 +173,17 @@ def test_texts_to_time_keep_the_whole_tree(calibrated) -> None:
     assert lane.max_new_tokens + len(lane.prompt) + 32 <= lane.context
 
 
+def test_times_of_a_busy_machine_are_not_kept(calibrated, cache, monkeypatch) -> None:
+    """Medians choose all the same."""
+    for scatter, kept in ((1.5, False), (1.1, True)):
+        samples = {n: [FAKE(n) * factor for factor in (1, 1, 1, scatter, scatter)] for n in COUNTS}
+        monkeypatch.setattr(tuning, "step_times", lambda *_, given=samples: given)
+        tokens = [1.0, *(1 + np.cumsum(calibrated.content["values"])).tolist()]
+        nodes = choose(tokens, {n: FAKE(n) for n in COUNTS})
+        assert len(tree_of(calibrated.model, calibrated.heads)) == nodes - 1
+        assert (cache / FILE_NAME).exists() == kept
+
+
 def test_sizes_that_cannot_pay_are_left_out(calibrated, monkeypatch) -> None:
     class Lane:
         def __init__(self, model: object, paths: list[list[int]]) -> None:
@@ -182,7 +196,7 @@ def test_sizes_that_cannot_pay_are_left_out(calibrated, monkeypatch) -> None:
     found = Calibration(calibrated.content["tree"], [], calibrated.content)
     most = tuning.tokens_per_step(found)[COUNTS[-1] - 1]
     times = tuning.step_times(None, found, COUNTS)
-    assert times == {count: 0.01 * count for count in times}
+    assert all(set(taken) == {0.01 * count} and taken for count, taken in times.items())
     # The greatest tree emits `most` a step: none of more than most / 0.9 nodes can be faster.
     assert max(times) == next(count for count in COUNTS if count > most / 0.9)
 

@@ -78,9 +78,10 @@ class Engine:
                 values; on a CPU alone), "bf16", "f16" or "f32".
             dtype: of the cache, and of weights that are not in blocks: "auto" (as in the file, bf16
                 where that is quantised), "bf16", "f16" or "f32".
-            tree: of guesses from Medusa heads: "auto" (what `medusa-ext calibrate` found, else the
-                best nodes of a published tree, 16 on a CPU and 64 on a GPU), another number of
-                nodes, a name, a JSON file, a list (or array) of paths, or a `TreeSpec`.
+            tree: of guesses from Medusa heads: "auto" (what `medusa-ext calibrate` found, on a CPU
+                with as many nodes as are fastest here, see `medusa_ext.tuning`; else the best nodes
+                of a published tree, 16 on a CPU and 64 on a GPU), another number of nodes, a name,
+                a JSON file, a list (or array) of paths, or a `TreeSpec`.
             max_batch: sequences that decode side by side; more requests wait.
             max_context: tokens of prompt and output together, at most the model's own; None: the
                 model's own.

@@ -7,7 +7,8 @@ or two, and chooses the N that maximises tokens per step / t(N). N = 1 is plain 
 
 The times are kept in step_times.json in MEDUSA_EXT_CACHE, else in medusa_ext below XDG_CACHE_HOME
 or ~/.cache, under all that they depend on; a file that is damaged or cannot be written costs
-another measurement and nothing else. With MEDUSA_EXT_CACHE=off nothing is timed.
+another measurement and nothing else. Times that scatter, because the machine was busy, serve this
+once and are not kept. With MEDUSA_EXT_CACHE=off nothing is timed.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _CONTEXT = 256  # tokens of a text to time; steps begin at the prompt's end
 _PROMPT = 64
 _ROUNDS = 15
 _SECONDS = 1.0  # no further round begins after
+_SCATTER = 1.25  # upper over lower quartile
 _DOUBT = 0.9  # a size that cannot pay even if its first times were so much too long is left out
 
 Times = dict[int, float]  # seconds of a step by number of nodes
@@ -65,8 +67,9 @@ def best_nodes(model: _core.Model, found: Calibration, fits: Callable[[int], boo
     times = None if folder is None else read_times(folder, key)
     if times is None:
         counts = [count for count in COUNTS if count <= len(found.tree) + 1 and fits(count)]
-        times = step_times(model, found, counts)
-        if folder is not None:
+        samples = step_times(model, found, counts)
+        times = {count: statistics.median(seconds) for count, seconds in samples.items()}
+        if folder is not None and is_steady(samples):
             write_times(folder, key, times)
     return choose(tokens_per_step(found), {n: t for n, t in times.items() if fits(n)})
 
@@ -92,16 +95,26 @@ def choose(tokens: Sequence[float], times: Times) -> int:
     return int(counts[np.argmax(rates)])
 
 
-def step_times(model: _core.Model, found: Calibration, counts: Sequence[int]) -> Times:
+def is_steady(samples: Mapping[int, Sequence[float]]) -> bool:
+    """Whether times scatter as little as those of a machine that has nothing else to do."""
+    quartiles = [np.quantile(seconds, [0.25, 0.75]) for seconds in samples.values()]
+    return bool(statistics.median(high / low for low, high in quartiles) < _SCATTER)
+
+
+def step_times(
+    model: _core.Model, found: Calibration, counts: Sequence[int]
+) -> dict[int, list[float]]:
     """Measure what a step takes with some numbers of nodes, in sessions of their own.
 
-    The sizes take turns, a step each, so that a machine that changes its pace changes it for all of
-    them; medians count.
+    The sizes take turns, a step each, so that a machine that changes its pace changes it for all.
 
     Args:
         model: with heads.
         found: the calibration, whose tree each size is a beginning of.
         counts: numbers of nodes, rising; once one cannot pay, the greater ones are left out.
+
+    Returns:
+        Seconds of each step by number of nodes.
     """
     tokens = tokens_per_step(found)
     lanes: dict[int, _Lane] = {}
@@ -120,7 +133,7 @@ def step_times(model: _core.Model, found: Calibration, counts: Sequence[int]) ->
             taken[count].append(lane.step())
         if time.perf_counter() > end:
             break
-    return {count: statistics.median(seconds) for count, seconds in taken.items()}
+    return taken
 
 
 class _Lane:
