@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -13,6 +14,7 @@
 #include "decode_run.h"
 #include "report.h"
 #include "shapes.h"
+#include "timed_backend.h"
 
 namespace medusa::bench {
 namespace {
@@ -31,6 +33,7 @@ struct Options {
   int max_tokens = 0;  // context x batch beyond this is left out
   int prefill_chunk = 512;
   bool prefill = true;
+  bool parts = false;          // the time of each part, on the CPU
   bool even_if_wrong = false;  // time what the check of exactness refused, and say so
 };
 
@@ -68,6 +71,9 @@ Options take_options(Arguments& args, Common& common) {
   o.max_tokens = args.count("--max-tokens", 32768, 1, 1 << 24);
   if (device) o.prefill_chunk = 2048;
   o.even_if_wrong = args.flag("--even-if-wrong");
+  o.parts = args.flag("--parts");
+  MEDUSA_CHECK_ARG(!o.parts || common.on_cpu(),
+                   "--parts is for the CPU: a device runs a step as a whole");
   args.finish();
   return o;
 }
@@ -121,6 +127,7 @@ struct Lane {
   std::shared_ptr<TestDrafter> guesses;  // null: heads draft, or nobody
   int64_t drafted_bytes = 0;
   Samples seconds, device_s, gap_s, cached, emitted;
+  std::map<std::string, Samples> parts;
 };
 
 class DecodeBench {
@@ -129,7 +136,8 @@ class DecodeBench {
       : o_(options),
         common_(common),
         backend_(make_backend(common.backend)),
-        model_(make_model(options, common, backend_)),
+        timed_(options.parts ? std::make_shared<TimedBackend>(backend_) : nullptr),
+        model_(make_model(options, common, timed_ ? timed_ : backend_)),
         machine_(describe("bench_decode", common, *backend_)),
         heads_(options.heads < 0 ? model_->config.heads.num_heads : options.heads),
         kv_bytes_(model_->kv_shape(1).page_bytes() / kPageTokens) {
@@ -249,8 +257,17 @@ class DecodeBench {
       for (const size_t i : order) {
         Lane& lane = lanes[i];
         if (lane.guesses) lane.guesses->num_nodes = lane.nodes;
+        if (timed_) timed_->take();
         const Stepper::Step step = lane.stepper->step();
         if (round < 0) continue;
+        if (timed_) {
+          double rest = step.seconds;
+          for (const auto& [part, seconds] : timed_->take()) {
+            lane.parts[part].add(seconds);
+            rest -= seconds;
+          }
+          lane.parts["between ops"].add(rest);
+        }
         lane.seconds.add(step.seconds);
         lane.device_s.add(step.device_s);
         lane.gap_s.add(step.gap_s);
@@ -260,6 +277,18 @@ class DecodeBench {
       std::rotate(order.begin(), order.begin() + 1, order.end());
     }
     for (const Lane& lane : lanes) add_row(lane, batch, context);
+    for (const Lane& lane : lanes) add_parts(lane, context);
+  }
+
+  // A line below the table: milliseconds of each part, medians.
+  void add_parts(const Lane& lane, int context) const {
+    std::string text;
+    for (const auto& [part, seconds] : lane.parts) {
+      text += concat(text.empty() ? "" : "; ", part, " ", fixed(1e3 * seconds.median(), 3));
+    }
+    if (!text.empty()) {
+      line(concat("\nms of ", nodes_name(lane.nodes), " at ", context, ": ", text));
+    }
   }
 
   void add_row(const Lane& lane, int batch, int context) {
@@ -350,6 +379,7 @@ class DecodeBench {
   const Options& o_;
   const Common& common_;
   std::shared_ptr<Backend> backend_;
+  std::shared_ptr<TimedBackend> timed_;  // null without --parts
   std::shared_ptr<const Model> model_;
   Machine machine_;
   int heads_;
@@ -374,9 +404,10 @@ int main(int argc, char** argv) {
       "usage: bench_decode MODEL.safetensors | --shape NAME\n"
       "       [--contexts 128,...] [--batches 1,...] [--nodes 0,16,...] [--rounds N] [options]\n"
       "       [--heads N] [--head-vocab N] [--max-tokens N] [--even-if-wrong]\n"
-      "       [--weights q8_0|q4_0|q4_1|q4_k]\n  NAME: ",
+      "       [--weights q8_0|q4_0|q4_1|q4_k] [--parts]\n  NAME: ",
       kShapeNames,
       "; nodes 0: plain decoding; heads 0: guesses are random\n"
+      "  --parts: what each part of a step takes, with the waits that timing every op adds\n"
       "  --even-if-wrong: time what the check of exactness refused too; the table says so\n");
   return run_program("bench_decode", usage, argc, argv, bench);
 }
