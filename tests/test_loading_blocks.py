@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import loading_util as util
-from medusa_ext import _core
+from medusa_ext import Engine, _core, cli
 from medusa_ext.loading import LoadError, export, inspect, load_model, open_checkpoint
 from medusa_ext.loading.blocks import (
     BLOCKS,
@@ -311,7 +311,7 @@ def test_damaged_blocks_are_refused_by_both_readers(files, tmp_path):
     refused(blocks, {name: tensors[name].reshape(-1)})
     refused(blocks, {name: tensors[name][:, :-18]})
     refused(blocks, {name: tensors[name][1:]})
-    refused(blocks, {name: tensors[name].view(np.int16)})
+    refused(blocks, {name: tensors[name].view(np.int8)})
     assert all(name in error for error in errors), errors
     errors.clear()
     refused(blocks | {"norm.weight": "q4_0"})
@@ -472,6 +472,29 @@ def test_random_models_in_blocks(files, weights):
             _core.random_model(config, "f32", 3, backend, wrong)
 
 
+def test_frequent_rows_of_a_model_in_blocks(files, tmp_path):
+    """Copies of rows of the lm_head, for heads without their own: blocks move as whole rows."""
+    heads = util.make_heads(tmp_path / "C", "C", hidden=256, num_layers=1)
+    recorded = util.record(files["Q4_0"], heads, head_vocab=40)
+    ids, name = recorded.model.tensors["heads.token_map"], "heads.draft_lm_head.weight"
+    assert recorded.model.blocks[name] == "q4_0"
+    np.testing.assert_array_equal(
+        recorded.model.raw[name], recorded.model.raw["lm_head.weight"][ids]
+    )
+    out = export(files["Q4_0"], heads, tmp_path / "m.safetensors", head_vocab=40)
+    backend = _core.Backend(threads=1)
+    hidden = np.random.default_rng(0).standard_normal((20, 256)).astype(np.float32)
+    found = []
+    for model in (
+        load_model(files["Q4_0"], heads, head_vocab=40, backend=backend).model,
+        _core.load_model(str(out), "bf16", backend),
+    ):
+        found.append(np.full((3, 20, 8), -1, np.int32))
+        _core.head_candidates(model, hidden, found[-1])
+    np.testing.assert_array_equal(found[0], found[1])
+    assert set(found[0].ravel()) <= set(ids.tolist())
+
+
 @pytest.mark.parametrize("own_lm_head", [True, False])
 def test_heads_of_another_type_than_the_model(files, tmp_path, own_lm_head):
     """bf16 heads before blocks of a shared lm_head, and whatever else stands beside what.
@@ -489,3 +512,33 @@ def test_heads_of_another_type_than_the_model(files, tmp_path, own_lm_head):
         _core.head_candidates(model, hidden, found[weights])
     for weights in ("auto", "q8"):
         assert (found[weights][..., 0] == found["f32"][..., 0]).mean() > 0.9
+
+
+# The engine and the command line
+
+
+def test_an_engine_says_how_its_weights_are_stored(files, base):
+    options: dict[str, Any] = {"device": "cpu", "threads": 1}
+    with Engine(files["Q4_K"], None, **options) as engine:
+        assert (engine.info["weights"], engine.info["dtype"]) == ("q4_k", "bf16")
+        assert "weights='q4_k'" in repr(engine)
+    with Engine(base, None, weights="q8", dtype="bf16", **options) as engine:
+        assert (engine.info["weights"], engine.info["dtype"]) == ("q8_0", "bf16")
+    with pytest.raises(ValueError, match=r"contradict each other"):
+        Engine(base, None, weights="f16", dtype="f32", **options)
+
+
+def test_the_command_line_takes_weights(files, base, tmp_path, capsys):
+    def inspected(*arguments: str) -> dict[str, Any]:
+        assert cli.run(["inspect", "--json", "--device", "cpu", *arguments]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    found = inspected(str(files["Q4_1"]))
+    assert (found["weights"], found["dtype"]) == ("q4_1", "bf16")
+    assert found["weight_bytes"] == found["memory"]["plan"]["weights"]
+    assert inspected(str(files["Q4_1"]), "--weights", "q8")["weights"] == "q8_0"
+    out = tmp_path / "m.safetensors"
+    assert cli.run(["export", str(base), str(out), "--weights", "q4"]) == 0
+    capsys.readouterr()
+    assert inspected(str(out))["weights"] == "q4_1"

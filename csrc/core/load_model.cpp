@@ -159,6 +159,9 @@ std::map<std::string, DType> matrices_in_blocks(const ModelConfig& config, DType
     put(layer + "o_proj", int64_t{config.num_heads} * config.head_dim);
     put(layer + "down_proj", config.intermediate_size);
   }
+  if (config.heads.shared_lm_head && config.heads.cut(config.vocab_size)) {
+    put("heads.draft_lm_head", d);
+  }
   for (int h = 0; h < config.heads.num_heads; ++h) {
     for (int l = 0; l < config.heads.num_layers; ++l) put(concat("heads.", h, ".", l), d);
     if (!config.heads.shared_lm_head) put(concat("heads.", h, ".lm_head"), d);
