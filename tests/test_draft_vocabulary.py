@@ -222,8 +222,8 @@ def test_memory_and_inspection(base, tmp_path):
     assert few.weight_bytes <= model_of(base, heads).weight_bytes
     limits = Limits(max_batch=2).within(128)
     sizes = [
-        Sizes(open_checkpoint(base, heads, head_vocab=value), "cpu", "f32", limits, Guesses(4, 3))
-        for value in ("auto", None)
+        Sizes(found, "cpu", found.stored(dtype="f32"), limits, Guesses(4, 3))
+        for found in (open_checkpoint(base, heads, head_vocab=value) for value in ("auto", None))
     ]
     saved = plan(sizes[1]).workspace - plan(sizes[0]).workspace
     assert saved == 2 * 3 * 4 * (320 - len(IDS))

@@ -185,8 +185,12 @@ def test_info_and_memory(engine: Engine) -> None:
     assert engine.info["drafter"] == "prompt lookup"
     assert engine.info["max_context"] == engine.max_context == 1024
     assert engine.tree is None
-    # Weights of 134.5 M parameters in bf16; 2 x 30 layers x 3 heads x 64 x 2 bytes a token.
-    assert engine.memory["weight_bytes"] == pytest.approx(2 * 134.5e6, rel=0.01)
+    # The file's own blocks: 106.2 M parameters in 5 bits (q4_1), 28.3 M in 8.5 (q8_0).
+    assert engine.info["weights"] == "q4_1, q8_0"
+    assert engine.memory["weight_bytes"] == pytest.approx(
+        106.2e6 * 20 / 32 + 28.3e6 * 34 / 32, 0.01
+    )
+    # 2 x 30 layers x 3 heads x 64 x 2 bytes a token.
     assert engine.memory["kv_bytes_per_1000_tokens"] == 1000 * 2 * 30 * 3 * 64 * 2
     assert "prompt lookup" in repr(engine)
 
