@@ -76,7 +76,7 @@ class CpuBackend final : public Backend {
   // of work.
   template <class Body>
   void split(int64_t count, int64_t work_per_item, const Body& body) {
-    constexpr int64_t kWorth = 16384;  // elements of work that pay for waking another thread
+    constexpr int64_t kWorth = 4096;  // elements of work that pay for waking another thread
     const int64_t pieces =
         std::min<int64_t>({count, 4 * pool_.num_threads(), count * work_per_item / kWorth});
     if (pieces <= 1) return pool_.run(1, [&](int) { body(0, count); });

@@ -190,7 +190,7 @@ void arrange_of(const AttentionTile& tile) {
   const int D = tile.head_dim, n = tile.num_queries;
   for (int i = 0; i < n; i += kScoreQueries) {
     const int m = n - i < kScoreQueries ? n - i : kScoreQueries;
-    interleave<X, Operand<T>::kStep>([&](int query) { return tile.q[i + query]; }, m, D,
+    interleave<X, Operand<T>::kStep>([&](int query) { return tile.q[i + query]; }, m, 0, D,
                                      static_cast<X*>(tile.queries) + int64_t{i} * D);
   }
 }

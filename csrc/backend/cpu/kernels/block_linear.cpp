@@ -29,7 +29,7 @@ constexpr int kMaxRows = 3, kWideRows = 0;
 #else
 constexpr int kMaxRows = 2, kWideRows = 0;
 #endif
-constexpr int64_t kNearBytes = 6144;
+constexpr int64_t kNearBytes = 2560;
 
 // Scales and minima of one group for the outputs [column, column + 16) of a tile.
 template <DType kType>
@@ -124,8 +124,9 @@ MEDUSA_INLINE void add_group(const Scales<kType>& scales, int group, const uint8
 
 // What to fetch while a block is worked on. Rows that pass over it once wait for memory, which is
 // fetched a little ahead; of several passes each fetches its share of the next block: of every
-// `every` pairs of groups the one that is `turn`. (Fetching past the end is harmless.)
+// `every` pairs of groups the one that is `turn`.
 struct Fetch {
+  const uint8_t* end;
   int64_t block_bytes;
   int every, turn;
 };
@@ -159,6 +160,7 @@ void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_r
         if (wait == 0) {
           constexpr int kBytes = 2 * Tile::kBytes / Tile::kGroups;
           const uint8_t* from = tile + group / 2 * kBytes + ahead;
+          if (from + kBytes > fetch.end) from = tile;  // what is there already costs little
 #pragma GCC unroll 34
           for (int byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
           wait = fetch.every;
@@ -218,58 +220,54 @@ void linear_of(const LinearTask& task) {
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // nearly equal: 13 rows are 6 and 7
       const int64_t first = task.num_rows * tile / num_tiles;
       const int64_t last = task.num_rows * (tile + 1) / num_tiles;
-      const Fetch fetch{block_bytes, static_cast<int>(num_tiles), static_cast<int>(tile)};
+      const Fetch fetch{weight + task.fetch_end * block_bytes, block_bytes,
+                        static_cast<int>(num_tiles), static_cast<int>(tile)};
       kByRows[last - first](task, weight + block * block_bytes, first, block * kColumns, fetch);
     }
   }
 }
 
-// The 32 values at x (fewer where the row ends) as 8-bit integers and a scale.
-struct XGroup {
-  int8_t q[kGroup];
-  float scale;
-  int32_t sum;
-};
-
-XGroup quantise(const float* x, int64_t valid) {
+// One group of row m of M: the 32 values at x (fewer where the row ends) as 8-bit integers, a scale
+// and what the weight's type needs of their sum.
+template <DType kType>
+MEDUSA_INLINE void arrange_group(const float* x, int64_t valid, int64_t m, int64_t M, uint8_t* to) {
   constexpr float kTiny = 1e-35f;  // 127 / kTiny is finite; a group below it is zero
   const V a = load_some(x, valid < kLanes ? valid : kLanes);
   const V b = valid > kLanes ? load_some(x + kLanes, valid - kLanes) : zero();
-  XGroup group;
   // Of bits, so that infinity and NaN come out and show in the scale.
   const float most = float_of(greatest_magnitude_bits(a, b));
   const bool tiny = most < kTiny;
   const V inverse = splat(tiny ? 0.0f : 127.0f / most), shift = splat(12582912.0f);  // 1.5 * 2^23
   const V low = add(mul(a, inverse), shift), high = add(mul(b, inverse), shift);
-  store_low_bytes(group.q, low);
-  store_low_bytes(group.q + kLanes, high);
-  group.scale = tiny ? 0.0f : most / 127.0f;
-  int32_t sum = 0;
-  for (const int8_t q : group.q) sum += q;
-  group.sum = sum;
-  return group;
+  int8_t q[kGroup];
+  store_low_bytes(q, low);
+  store_low_bytes(q + kLanes, high);
+  for (int quad = 0; quad < kQuads; ++quad) {
+    __builtin_memcpy(to + (quad * M + m) * 4, q + 4 * quad, 4);
+  }
+  const float scale = tiny ? 0.0f : most / 127.0f;
+  __builtin_memcpy(to + M * kGroup + 4 * m, &scale, 4);
+  // Integers below 2^24: exact in any order.
+  const float sum = exact_sum_of(add(sub(low, shift), sub(high, shift)));
+  uint8_t* aux = to + M * (kGroup + 4) + 4 * m;
+  if constexpr (BlockTile<kType>::kHasMinimum) {
+    const float value = scale * sum;
+    __builtin_memcpy(aux, &value, 4);
+  } else {
+    // A sum that is no number has a scale that is none either.
+    const int32_t start = start_of<kType>(sum == sum ? static_cast<int32_t>(sum) : 0);
+    __builtin_memcpy(aux, &start, 4);
+  }
 }
 
 template <DType kType>
-void arrange_of(const float* x, int64_t num_rows, int64_t num_inputs, uint8_t* out) {
-  for (int64_t m = 0; m < num_rows; ++m) {
-    uint8_t* to = out;
-    const int64_t padded = (num_inputs + kRowPadding - 1) / kRowPadding * kRowPadding;
-    for (int64_t k = 0; k < padded; k += kGroup, to += num_rows * kXGroupBytes) {
-      const int64_t valid = num_inputs - k < kGroup ? num_inputs - k : kGroup;
-      const XGroup group = quantise(x + m * num_inputs + k, valid > 0 ? valid : 0);
-      for (int quad = 0; quad < kQuads; ++quad) {
-        __builtin_memcpy(to + (quad * num_rows + m) * 4, group.q + 4 * quad, 4);
-      }
-      __builtin_memcpy(to + num_rows * kGroup + 4 * m, &group.scale, 4);
-      uint8_t* aux = to + num_rows * (kGroup + 4) + 4 * m;
-      if constexpr (BlockTile<kType>::kHasMinimum) {
-        const float sum = group.scale * static_cast<float>(group.sum);
-        __builtin_memcpy(aux, &sum, 4);
-      } else {
-        const int32_t start = start_of<kType>(group.sum);
-        __builtin_memcpy(aux, &start, 4);
-      }
+void arrange_of(const float* x, int64_t M, int64_t num_inputs, Span k, uint8_t* out) {
+  for (int64_t m = 0; m < M; ++m) {
+    uint8_t* to = out + k.first / kGroup * M * kXGroupBytes;
+    const int64_t end = (k.last + kRowPadding - 1) / kRowPadding * kRowPadding;
+    for (int64_t at = k.first; at < end; at += kGroup, to += M * kXGroupBytes) {
+      const int64_t valid = num_inputs - at < kGroup ? num_inputs - at : kGroup;
+      arrange_group<kType>(x + m * num_inputs + at, valid > 0 ? valid : 0, m, M, to);
     }
   }
 }
@@ -282,13 +280,13 @@ int64_t arranged_block_bytes(int64_t num_inputs) {
   return (num_inputs + kRowPadding - 1) / kRowPadding * kRowPadding / kGroup * kXGroupBytes;
 }
 
-void arrange_block_rows(DType dtype, const float* x, int64_t num_rows, int64_t num_inputs,
+void arrange_block_rows(DType dtype, const float* x, int64_t num_rows, int64_t num_inputs, Span k,
                         void* out) {
   auto* bytes = static_cast<uint8_t*>(out);
-  if (dtype == DType::q8_0) return arrange_of<DType::q8_0>(x, num_rows, num_inputs, bytes);
-  if (dtype == DType::q4_0) return arrange_of<DType::q4_0>(x, num_rows, num_inputs, bytes);
-  if (dtype == DType::q4_1) return arrange_of<DType::q4_1>(x, num_rows, num_inputs, bytes);
-  arrange_of<DType::q4_k>(x, num_rows, num_inputs, bytes);
+  if (dtype == DType::q8_0) return arrange_of<DType::q8_0>(x, num_rows, num_inputs, k, bytes);
+  if (dtype == DType::q4_0) return arrange_of<DType::q4_0>(x, num_rows, num_inputs, k, bytes);
+  if (dtype == DType::q4_1) return arrange_of<DType::q4_1>(x, num_rows, num_inputs, k, bytes);
+  arrange_of<DType::q4_k>(x, num_rows, num_inputs, k, bytes);
 }
 
 void block_linear(const LinearTask& task) {

@@ -60,13 +60,13 @@ MEDUSA_INLINE void dot_block(const W* w, int64_t w_step, const typename Operand<
   }
 }
 
-// Lays rows of x out as dot_block wants them; row_of(m) points to row m.
+// Lays [first_k, last_k) of rows of x out as dot_block wants them; row_of(m) points to row m.
 template <class X, int kStep, class RowOf>
-MEDUSA_INLINE void interleave(RowOf row_of, int num_rows, int64_t num_k, X* out) {
+MEDUSA_INLINE void interleave(RowOf row_of, int num_rows, int64_t first_k, int64_t last_k, X* out) {
   for (int m = 0; m < num_rows; ++m) {
     const auto* row = static_cast<const X*>(row_of(m));
-    X* to = out + m * kStep;
-    for (int64_t k = 0; k < num_k; k += kStep, to += num_rows * kStep) {
+    X* to = out + first_k * num_rows + m * kStep;
+    for (int64_t k = first_k; k < last_k; k += kStep, to += num_rows * kStep) {
       __builtin_memcpy(to, row + k, kStep * sizeof(X));
     }
   }

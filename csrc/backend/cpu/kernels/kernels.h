@@ -19,6 +19,10 @@ constexpr float kGreatestNoise = 22.89f;  // kMaxGumbel of noise.h
 constexpr float kMassRange =
     23.0f;  // a score as far below the greatest has no mass: 2^32 e^-23 < 1/2
 
+struct Span {  // [first, last)
+  int64_t first, last;
+};
+
 // Blocks [first_block, last_block) of 32 outputs for rows [0, num_rows); see linear.cpp and
 // block_linear.cpp.
 struct LinearTask {
@@ -30,6 +34,7 @@ struct LinearTask {
   bool accumulate;
   int64_t num_rows, num_inputs, num_outputs;
   int64_t first_block, last_block;
+  int64_t fetch_end;  // blocks before this one may be fetched ahead
 };
 
 // Up to kTileQueries queries of one sequence and one kv head; see attention.cpp.
@@ -77,7 +82,7 @@ struct Kernels {
   int (*tile_rows)(DType weight_dtype);
   int64_t (*arranged_bytes)(DType weight_dtype, int64_t num_inputs);
   void (*arrange_rows)(DType weight_dtype, const void* x, int64_t num_rows, int64_t num_inputs,
-                       void* out);
+                       Span k, void* out);
   void (*linear)(const LinearTask& task);
   // Attention of a tile, in this order: queries laid out, scores of pages, weights from all the
   // scores, and columns of the output from all the weights. Columns are cut at multiples of 16.

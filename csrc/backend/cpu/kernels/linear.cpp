@@ -90,14 +90,14 @@ void linear_of(const LinearTask& task) {
   const int64_t block_bytes = block_elements * static_cast<int64_t>(sizeof(W));
   const W* weight = static_cast<const W*>(task.weight);
   // Few rows wait for memory: fetch a little ahead. Many rows compute: each pass over a block
-  // fetches its share of the next one, so that both overlap evenly. (Fetching past the end is
-  // harmless.)
-  const bool waits_for_memory = task.num_rows <= 3;
+  // fetches its share of the next one, so that both overlap evenly.
+  const int64_t ahead = task.num_rows <= 3 ? kNearBytes : block_bytes;
+  const char* end = reinterpret_cast<const char*>(weight + task.fetch_end * block_elements);
   for (int64_t block = task.first_block; block < task.last_block; ++block) {
     const W* w = weight + block * block_elements;
-    const char* next = reinterpret_cast<const char*>(w);
-    next += waits_for_memory ? kNearBytes : block + 1 < task.last_block ? block_bytes : 0;
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {  // nearly equal: 13 rows are 6 and 7
+    const char* next = reinterpret_cast<const char*>(w) + ahead;
+    if (next + block_bytes > end) next = end - block_bytes;  // what is there already costs little
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {       // nearly equal: 13 rows are 6 and 7
       const int64_t first = task.num_rows * tile / num_tiles;
       const int64_t last = task.num_rows * (tile + 1) / num_tiles;
       kByRows[last - first](task, w, first, block * kColumns, next + block_bytes * tile / num_tiles,
@@ -107,10 +107,10 @@ void linear_of(const LinearTask& task) {
 }
 
 template <class W>
-void arrange_of(const void* x, int64_t num_rows, int64_t num_inputs, void* out) {
+void arrange_of(const void* x, int64_t num_rows, int64_t num_inputs, Span k, void* out) {
   using X = typename Operand<W>::X;
   const auto row_of = [&](int m) { return static_cast<const X*>(x) + m * num_inputs; };
-  interleave<X, Operand<W>::kStep>(row_of, static_cast<int>(num_rows), num_inputs,
+  interleave<X, Operand<W>::kStep>(row_of, static_cast<int>(num_rows), k.first, k.last,
                                    static_cast<X*>(out));
 }
 
@@ -118,7 +118,7 @@ void arrange_of(const void* x, int64_t num_rows, int64_t num_inputs, void* out) 
 
 int block_tile_rows();
 int64_t arranged_block_bytes(int64_t num_inputs);
-void arrange_block_rows(DType dtype, const float* x, int64_t num_rows, int64_t num_inputs,
+void arrange_block_rows(DType dtype, const float* x, int64_t num_rows, int64_t num_inputs, Span k,
                         void* out);
 void block_linear(const LinearTask& task);
 
@@ -132,13 +132,14 @@ int64_t arranged_bytes(DType dtype, int64_t num_inputs) {
   return num_inputs * static_cast<int64_t>(dtype == DType::bf16 ? sizeof(Bf16) : sizeof(float));
 }
 
-void arrange_rows(DType dtype, const void* x, int64_t num_rows, int64_t num_inputs, void* out) {
+void arrange_rows(DType dtype, const void* x, int64_t num_rows, int64_t num_inputs, Span k,
+                  void* out) {
   if (dtype >= DType::q8_0) {
-    return arrange_block_rows(dtype, static_cast<const float*>(x), num_rows, num_inputs, out);
+    return arrange_block_rows(dtype, static_cast<const float*>(x), num_rows, num_inputs, k, out);
   }
-  if (dtype == DType::bf16) return arrange_of<Bf16>(x, num_rows, num_inputs, out);
-  if (dtype == DType::f16) return arrange_of<F16>(x, num_rows, num_inputs, out);
-  arrange_of<float>(x, num_rows, num_inputs, out);
+  if (dtype == DType::bf16) return arrange_of<Bf16>(x, num_rows, num_inputs, k, out);
+  if (dtype == DType::f16) return arrange_of<F16>(x, num_rows, num_inputs, k, out);
+  arrange_of<float>(x, num_rows, num_inputs, k, out);
 }
 
 void linear(const LinearTask& task) {

@@ -12,7 +12,7 @@ namespace MEDUSA_ISA {
 
 int tile_rows(DType);
 int64_t arranged_bytes(DType, int64_t);
-void arrange_rows(DType, const void*, int64_t, int64_t, void*);
+void arrange_rows(DType, const void*, int64_t, int64_t, Span, void*);
 void linear(const LinearTask&);
 void attention_arrange(const AttentionTile&);
 void attention_scores(const AttentionTile&, int, int);
