@@ -68,13 +68,13 @@ class TimedBackend final : public Backend {
   }
   void do_linear(TensorView x, const Weight& weight, TensorView bias, bool accumulate,
                  TensorView out) override {
+    after_o_ = accumulate;
     timed(accumulate ? "o" : "lm_head, heads",
           [&] { inner_->linear(x, weight, bias, accumulate, out); });
   }
   void do_norm_linear(TensorView x, TensorView gain, float eps, const Weight& weight,
                       TensorView bias, TensorView normed, TensorView out) override {
-    const bool is_mlp = weight.num_outputs() > 2 * weight.num_inputs();
-    timed(is_mlp ? "gate, up" : "qkv",
+    timed(std::exchange(after_o_, false) ? "gate, up" : "qkv",
           [&] { inner_->norm_linear(x, gain, eps, weight, bias, normed, out); });
   }
   void do_gated_linear(TensorView gate_up, Activation activation, const Weight& weight,
@@ -125,6 +125,7 @@ class TimedBackend final : public Backend {
 
   std::shared_ptr<Backend> inner_;
   std::map<std::string, double> seconds_;
+  bool after_o_ = false;  // what a layer does next is its MLP
 };
 
 }  // namespace medusa::bench
