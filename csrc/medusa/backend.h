@@ -129,8 +129,8 @@ class Backend {
   // the backend has no product for the type.
   std::unique_ptr<Weight> make_weight(int64_t num_outputs, int64_t num_inputs, DType dtype);
   // Rows [first_output, first_output + src.size(0)) = src [n, K] (f32 | f16 | bf16, host), rounded
-  // to nearest even; into a block type quantised as block.h says (q4_k is not), or the weight's own
-  // blocks, taken as they are.
+  // to nearest even; into a block type quantised as GGUF defines it (q4_k is not), or the weight's
+  // own blocks, taken as they are.
   void pack(Weight& weight, int64_t first_output, TensorView src);
   KvCache make_kv_cache(const KvShape& shape);
 

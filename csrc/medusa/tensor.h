@@ -10,7 +10,7 @@
 namespace medusa {
 
 // The last four are of weights alone: blocks of 32 or 256 consecutive inputs of one output, as GGUF
-// files hold them (block.h).
+// files hold them.
 enum class DType : uint8_t { f32, f16, bf16, i32, q8_0, q4_0, q4_1, q4_k };
 
 constexpr bool is_block(DType dtype) { return dtype >= DType::q8_0; }
