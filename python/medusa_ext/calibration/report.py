@@ -21,7 +21,7 @@ def print_report(content: dict[str, Any], console: Console) -> None:
     console.print(f"\nTrees on {times['device']} ({times['detail']}), {weights_of(times)}:")
     console.print(f"predicted on text that did not choose the tree (± standard error){measured}\n")
     console.print(_nodes(content))
-    console.print('* what tree="auto" takes on this device')
+    console.print('* the best on this device, from which tree="auto" starts')
     if content["by_category"] or check.get("by_category"):
         console.print("\nBy category:\n")
         console.print(_categories(content))
