@@ -280,15 +280,18 @@ class DecodeBench {
     for (const Lane& lane : lanes) add_parts(lane, context);
   }
 
-  // A line below the table: milliseconds of each part, medians.
+  // A line below the table: milliseconds of each part.
   void add_parts(const Lane& lane, int context) const {
+    std::map<std::string, double> medians;
+    for (const auto& [part, seconds] : lane.parts) medians[part] = seconds.median();
+    add_parts(concat(nodes_name(lane.nodes), " at ", context), medians);
+  }
+  void add_parts(const std::string& what, const std::map<std::string, double>& parts) const {
     std::string text;
-    for (const auto& [part, seconds] : lane.parts) {
-      text += concat(text.empty() ? "" : "; ", part, " ", fixed(1e3 * seconds.median(), 3));
+    for (const auto& [part, seconds] : parts) {
+      text += concat(text.empty() ? "" : "; ", part, " ", fixed(1e3 * seconds, 3));
     }
-    if (!text.empty()) {
-      line(concat("\nms of ", nodes_name(lane.nodes), " at ", context, ": ", text));
-    }
+    if (!text.empty()) line(concat("\nms of ", what, ": ", text));
   }
 
   void add_row(const Lane& lane, int batch, int context) {
@@ -327,6 +330,7 @@ class DecodeBench {
     Samples seconds;
     for (int i = 0; i <= kPrefillSamples; ++i) {
       int64_t steps = 0;
+      if (timed_) timed_->take();
       const Clock::time_point start = Clock::now();
       generate(session, make_request(prompt, 1, false), steps);
       if (i > 0) seconds.add(seconds_since(start));
@@ -334,6 +338,7 @@ class DecodeBench {
     const double time = seconds.median();
     line(concat("\nPrefill of ", kPrefillTokens, " tokens: ", fixed(1e3 * time, 2), " ms, ",
                 fixed(kPrefillTokens / time, 0), " tokens/s"));
+    if (timed_) add_parts("the last prefill", timed_->take());
     prefill_ms_ = 1e3 * time;
   }
 
