@@ -125,6 +125,30 @@ def test_what_is_no_number_stays_none(backend: _core.Backend, dtype: str, value:
     assert np.isfinite(got[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e8])
+def test_weights_that_no_block_holds_are_refused(
+    backend: _core.Backend, dtype: str, value: float
+) -> None:
+    weight = normal(np.random.default_rng(8), 40, 64)
+    weight[35, 50] = value
+    with pytest.raises(ValueError, match=f"row 35 holds a value .* too large for {dtype}"):
+        _core.ops.pack_unpack(backend, weight, dtype)
+    good = np.zeros_like(weight)
+    good[35, 50] = 1e-38  # its scale is 0
+    assert_same_bits(_core.ops.pack_unpack(backend, good, dtype) + 0.0, np.zeros_like(weight))
+
+
+@pytest.mark.parametrize("dtype", BLOCK_TYPES)
+def test_damaged_scales_are_refused(backend: _core.Backend, dtype: str) -> None:
+    blocks = random_blocks(np.random.default_rng(9), 40, 2 * block_inputs(dtype), dtype)
+    for byte in (1, 3) if dtype in ("q4_1", "q4_k") else (1,):
+        broken = blocks.copy()
+        broken[7, broken.shape[1] // 2 + byte] = 0x7C  # infinity
+        with pytest.raises(ValueError, match="row 7 holds a value that is no finite number"):
+            _core.ops.pack_unpack(backend, broken, dtype, dtype)
+
+
 def test_tiny_rows_are_zero(backend: _core.Backend) -> None:
     blocks = random_blocks(np.random.default_rng(7), 5, 64, "q8_0")
     x = np.full((2, 64), 1e-38, np.float32)

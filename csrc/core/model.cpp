@@ -270,7 +270,11 @@ void ModelBuilder::add(const std::string& name, TensorView tensor) {
   if (is_map) {
     state_->fill_token_map(tensor);
   } else if (slot.weight != nullptr) {
-    state_->fill_weight(slot, tensor);
+    try {
+      state_->fill_weight(slot, tensor);
+    } catch (const ArgumentError& error) {
+      throw ArgumentError(concat("tensor ", name, ": ", error.what()));
+    }
   } else {
     std::vector<float> values(static_cast<size_t>(tensor.size(0)));
     for (int64_t i = 0; i < tensor.size(0); ++i) {

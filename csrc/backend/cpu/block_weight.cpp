@@ -23,6 +23,8 @@ void put_f16(const Kernels& kernels, uint8_t* p, float value) {
   kernels.convert(&value, DType::f32, p, DType::f16, 1);
 }
 
+bool is_finite_f16(const uint8_t* p) { return (p[1] & 0x7c) != 0x7c; }
+
 // One column of one tile.
 template <DType kType>
 class Column {
@@ -85,11 +87,13 @@ uint8_t nibble(const uint8_t* bytes, int k) {
 }
 
 template <DType kType>
-void place(const uint8_t* blocks, int64_t num_inputs, uint8_t* tiles, int column) {
+bool place(const uint8_t* blocks, int64_t num_inputs, uint8_t* tiles, int column) {
   using Tile = BlockTile<kType>;
+  bool finite = true;
   for (int64_t k = 0; k < num_inputs; k += block_elements(kType), blocks += block_bytes(kType)) {
     const Column<kType> to(tiles + k / Tile::kInputs * Tile::kBytes, column);
     const int group = static_cast<int>(k % Tile::kInputs) / kGroup;
+    finite = finite && is_finite_f16(blocks) && (!Tile::kHasMinimum || is_finite_f16(blocks + 2));
     if constexpr (kType == DType::q4_k) {
       std::memcpy(to.super_scale(), blocks, 2);
       std::memcpy(to.super_minimum(), blocks + 2, 2);
@@ -110,6 +114,7 @@ void place(const uint8_t* blocks, int64_t num_inputs, uint8_t* tiles, int column
              kType == DType::q8_0 ? static_cast<uint8_t>(values[i] ^ 128) : nibble(values, i));
     }
   }
+  return finite;
 }
 
 template <DType kType>
@@ -137,12 +142,27 @@ void read(const Kernels& kernels, const uint8_t* tiles, int64_t num_inputs, int 
   }
 }
 
+// Its scale says that a group holds a value that is none.
+bool put_nan_if_not_finite(const float* x, uint8_t* block) {
+  float poison = 0.0f;
+  for (int i = 0; i < kGroup; ++i) poison += x[i] * 0.0f;
+  if (poison == 0.0f) return false;
+  block[0] = 0x00;
+  block[1] = 0x7e;
+  return true;
+}
+
+float inverse_of(float d) {  // 0 for a group so small that its scale is none
+  const float inverse = 1.0f / d;
+  return std::isfinite(inverse) ? inverse : 0.0f;
+}
+
 uint8_t limited(float q) { return static_cast<uint8_t>(std::clamp(q, 0.0f, 15.0f)); }
 
 void quantise_q8_0(const Kernels& kernels, const float* x, uint8_t* block) {
   float most = 0.0f;
   for (int i = 0; i < kGroup; ++i) most = std::max(most, std::fabs(x[i]));
-  const float d = most / 127.0f, inverse = d != 0.0f ? 1.0f / d : 0.0f;
+  const float d = most / 127.0f, inverse = inverse_of(d);
   put_f16(kernels, block, d);
   for (int i = 0; i < kGroup; ++i) {
     const float q = std::clamp(std::round(x[i] * inverse), -127.0f, 127.0f);
@@ -153,7 +173,7 @@ void quantise_q8_0(const Kernels& kernels, const float* x, uint8_t* block) {
 void quantise_q4_0(const Kernels& kernels, const float* x, uint8_t* block) {
   const float most = *std::max_element(
       x, x + kGroup, [](float a, float b) { return std::fabs(a) < std::fabs(b); });
-  const float d = most / -8.0f, inverse = d != 0.0f ? 1.0f / d : 0.0f;
+  const float d = most / -8.0f, inverse = inverse_of(d);
   put_f16(kernels, block, d);
   for (int i = 0; i < kGroup / 2; ++i) {
     const uint8_t low = limited(std::floor(x[i] * inverse + 8.5f));
@@ -164,7 +184,7 @@ void quantise_q4_0(const Kernels& kernels, const float* x, uint8_t* block) {
 
 void quantise_q4_1(const Kernels& kernels, const float* x, uint8_t* block) {
   const auto [least, most] = std::minmax_element(x, x + kGroup);
-  const float m = *least, d = (*most - m) / 15.0f, inverse = d != 0.0f ? 1.0f / d : 0.0f;
+  const float m = *least, d = (*most - m) / 15.0f, inverse = inverse_of(d);
   put_f16(kernels, block, d);
   put_f16(kernels, block + 2, m);
   for (int i = 0; i < kGroup / 2; ++i) {
@@ -192,8 +212,9 @@ int64_t tiles_bytes(DType dtype, int64_t num_inputs) {
   });
 }
 
-void place_row(DType dtype, const uint8_t* blocks, int64_t num_inputs, uint8_t* tiles, int column) {
-  by_type(dtype, [&]<DType kType>() { place<kType>(blocks, num_inputs, tiles, column); });
+bool place_row(DType dtype, const uint8_t* blocks, int64_t num_inputs, uint8_t* tiles, int column) {
+  return by_type(dtype,
+                 [&]<DType kType>() { return place<kType>(blocks, num_inputs, tiles, column); });
 }
 
 void read_row(const Kernels& kernels, DType dtype, const uint8_t* tiles, int64_t num_inputs,
@@ -207,7 +228,7 @@ void quantise_row(const Kernels& kernels, DType dtype, const float* x, int64_t n
                         : dtype == DType::q4_0 ? quantise_q4_0
                                                : quantise_q4_1;
   for (int64_t k = 0; k < num_inputs; k += kGroup, blocks += block_bytes(dtype)) {
-    quantise(kernels, x + k, blocks);
+    if (!put_nan_if_not_finite(x + k, blocks)) quantise(kernels, x + k, blocks);
   }
 }
 

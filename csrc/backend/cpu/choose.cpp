@@ -248,7 +248,7 @@ const float* penalised(const float* logits, int64_t vocab, const VerifyItem& ite
 void check_finite(float logit, uint32_t position) {
   MEDUSA_CHECK_ARG(std::isfinite(logit), "the logits at position ", position,
                    " hold no finite maximum: the weights are broken or too large for their type; "
-                   "try dtype f32");
+                   "try weights=\"f32\"");
 }
 
 bool is_end(const VerifyItem& item, int32_t token) {

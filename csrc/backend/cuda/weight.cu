@@ -67,8 +67,9 @@ std::unique_ptr<Weight> CudaBackend::do_make_weight(int64_t num_outputs, int64_t
                                                     DType dtype) {
   constexpr int64_t kMaxSize = int64_t{1} << 25;  // tiles and blocks are counted in int
   if (is_block(dtype)) {
-    throw UnsupportedError(concat("make_weight: CUDA has no product for weights in ",
-                                  dtype_name(dtype), " blocks; use bf16, f16 or f32"));
+    throw UnsupportedError(
+        concat("make_weight: CUDA has no product for weights in ", dtype_name(dtype),
+               " blocks; load them as bf16, f16 or f32 (export: --weights bf16)"));
   }
   if (num_outputs > kMaxSize || num_inputs > kMaxSize) {
     throw UnsupportedError(concat("make_weight: [", num_outputs, ", ", num_inputs,

@@ -2,17 +2,17 @@
 // of 32 outputs and then the next 32. Inputs come in groups of 32, which share a scale; four
 // consecutive inputs of one output lie side by side, a lane of one integer product.
 //
-//   q8_0   64 inputs   f16 scale[2][32]                     u8 q + 128 [2][8][32][4]
-//   q4_0   64 inputs   f16 scale[2][32]                     u8 [8][32][4]
-//   q4_1   64 inputs   f16 scale[2][32], f16 minimum[2][32] u8 [8][32][4]
-//   q4_k  256 inputs   f16 d[32], f16 dmin[32], u8 scale[8][32], u8 minimum[8][32], u8
-//   [4][8][32][4]
+//   q8_0    64 inputs  f16 scale[2][32]                      u8 q + 128 [2][8][32][4]
+//   q4_0    64 inputs  f16 scale[2][32]                      u8 [8][32][4]
+//   q4_1    64 inputs  f16 scale[2][32], minimum[2][32]      u8 [8][32][4]
+//   q4_k   256 inputs  f16 d[32], dmin[32],
+//                      u8 scale[8][32], minimum[8][32]       u8 [4][8][32][4]
 //
 // A byte of the 4-bit types holds an input of an even group (low) and of the odd one behind it.
 // Outputs beyond N and inputs beyond K are zero bytes: their scale is 0.
 //
-//   value = d q (q8_0), d (q - 8) (q4_0), fma(d, q, m) (q4_1), fma(d scale, q, -(dmin minimum))
-//   (q4_k)
+//   value = d q (q8_0)   d (q - 8) (q4_0)   fma(d, q, m) (q4_1)
+//           fma(d scale, q, -(dmin minimum)) (q4_k)
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once

@@ -16,10 +16,9 @@ struct V {
 struct Pairs {
   V even, odd;
 };
-typedef int32_t S4 __attribute__((vector_size(16)));
 typedef int16_t S8 __attribute__((vector_size(16)));
 struct I {
-  S4 part[4];
+  I4 part[4];
 };
 struct Bytes {  // each four bytes of a lane as two pairs of 16 bits: 0 and 2, 1 and 3
   S8 even[4], odd[4];
@@ -119,17 +118,14 @@ MEDUSA_INLINE uint32_t greater_mask(V x, V y) {
   return mask;
 }
 
-MEDUSA_INLINE Pairs load_pairs(const Bf16* p) {  // by value, so that either byte order works
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+              "files, caches and packed weights are little-endian");
+MEDUSA_INLINE Pairs load_pairs(const Bf16* p) {
   U4 w[4], even[4], odd[4];
   __builtin_memcpy(w, p, sizeof(w));
   for (int i = 0; i < 4; ++i) {
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
     even[i] = w[i] << 16;
     odd[i] = w[i] & 0xffff0000u;
-#else
-    even[i] = w[i] & 0xffff0000u;
-    odd[i] = w[i] << 16;
-#endif
   }
   return {{(F4)even[0], (F4)even[1], (F4)even[2], (F4)even[3]},
           {(F4)odd[0], (F4)odd[1], (F4)odd[2], (F4)odd[3]}};
@@ -140,12 +136,12 @@ MEDUSA_INLINE Pairs splat_pair(const Bf16* p) {
 }
 MEDUSA_INLINE V dot(V sum, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, sum)); }
 
-MEDUSA_INLINE S4 splat_s4(int32_t x) { return S4{x, x, x, x}; }
+MEDUSA_INLINE I4 splat_i4(int32_t x) { return I4{x, x, x, x}; }
 MEDUSA_INLINE I zero_i() { return {}; }
 MEDUSA_INLINE I splat_i(const void* p) {
   int32_t x;
   __builtin_memcpy(&x, p, 4);
-  const S4 v = splat_s4(x);
+  const I4 v = splat_i4(x);
   return {{v, v, v, v}};
 }
 MEDUSA_INLINE V to_float(I x) {
@@ -191,7 +187,7 @@ MEDUSA_INLINE Bytes high_nibbles(Bytes x) {
   }
   return x;
 }
-MEDUSA_INLINE S4 sum_of_pairs(S8 x) { return ((S4)x << 16 >> 16) + ((S4)x >> 16); }
+MEDUSA_INLINE I4 sum_of_pairs(S8 x) { return ((I4)x << 16 >> 16) + ((I4)x >> 16); }
 // sum + the four products of each lane, each of which fits 16 bits: w from 0 to 255, x from -127 to
 // 127.
 MEDUSA_INLINE I dot_small(I sum, Bytes w, Bytes x) {
