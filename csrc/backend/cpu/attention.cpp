@@ -13,8 +13,7 @@
 namespace medusa::cpu {
 namespace {
 
-constexpr int64_t kLongPages = 16;                       // from here on threads share a context
-constexpr int64_t kMaxSharedScores = int64_t{16} << 20;  // of all queries of a step
+constexpr int64_t kLongPages = 16;  // from here on threads share a context
 
 // Of one thread, grown to the longest context met.
 struct Scratch {
@@ -76,13 +75,15 @@ class Attention {
         group_(q.size(1) / cache.shape.num_kv_heads) {}
 
   void run(const std::vector<Run>& runs) {
-    int64_t pages = 0, scores = 0;
+    // More queries of a head than a tile holds fill the threads by themselves, and their scores
+    // would leave the cache before they are read again.
+    int64_t pages = 0;
+    bool few = pool_.num_threads() > 1;
     for (const Run& run : runs) {
-      const int64_t own = num_pages(run);
-      pages = std::max(pages, own);
-      scores += own * kPage * run.num_rows * q_.size(1);
+      pages = std::max(pages, num_pages(run));
+      few = few && num_queries(run) <= kTileQueries;
     }
-    if (pages >= kLongPages && scores <= kMaxSharedScores) {
+    if (few && pages >= kLongPages) {
       share_context(runs);
     } else {
       share_queries(runs);
