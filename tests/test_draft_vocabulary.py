@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import loading_util as util
 from calibration_util import calibrated_heads as make_calibrated
 from calibration_util import command, make_prompts, with_file, write_lines
 from medusa_ext import Engine, _core
 from medusa_ext.loading import LoadError, convert, export, inspect, load_model, open_checkpoint
+from medusa_ext.loading.files import SafetensorsTensors
 from medusa_ext.loading.head_rows import DRAFT_TOKENS_FILE
 from medusa_ext.memory import Guesses, Limits, Sizes, plan
 
@@ -211,6 +213,34 @@ def test_an_export_keeps_them(base, tmp_path):
     assert "heads.draft_lm_head.weight" not in whole.model.tensors
     again = export(path, "auto", tmp_path / "again.safetensors")
     assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("letter", ["B", "C"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids: ids.astype(np.float32), "stored as f32; wanted i32"),
+        (lambda ids: ids.astype(np.int64), "stored as i64; wanted i32"),
+        (lambda ids: ids.reshape(3, 4), r"has shape \[3, 4\], wanted \[12\]"),
+        (lambda ids: ids[:-1], r"has shape \[11\], wanted \[12\]"),
+        (lambda _: None, r"missing; wanted shape \[12\]"),
+        (lambda ids: np.where(ids == 7, 320, ids), "holds 320; wanted ids of .* 0 to 319"),
+        (lambda ids: np.where(ids == 7, -1, ids), "holds -1; wanted ids of .* 0 to 319"),
+        (lambda ids: np.where(ids == 7, 300, ids), "names a token twice"),
+    ],
+)
+def test_an_export_whose_ids_are_damaged(base, tmp_path, letter, change, message):
+    """One line that names the file and the tensor, whatever is asked for."""
+    heads = heads_with(tmp_path / "heads", IDS, letter)
+    path = export(base, heads, tmp_path / "bad.safetensors")
+    tensors, metadata = load_file(path), SafetensorsTensors(path).metadata
+    ids = change(tensors.pop("heads.token_map").astype(np.int32))
+    save_file(tensors if ids is None else tensors | {"heads.token_map": ids}, path, metadata)
+    for head_vocab in ("auto", 4, 40):
+        with pytest.raises(LoadError, match=message) as error:
+            open_checkpoint(path, head_vocab=head_vocab)
+        assert str(error.value).startswith(f"{path}: tensor heads.token_map ")
+        assert "\n" not in str(error.value)
 
 
 def test_memory_and_inspection(base, tmp_path):

@@ -186,9 +186,7 @@ def _open_export(source: Source, with_heads: bool) -> tuple[Checkpoint, Heads | 
             f"{source.given}: the metadata medusa_ext.config is damaged: {error!r}"
         ) from None
     head_entries = [
-        Entry(name, shape, file, name)
-        if name == "heads.token_map"
-        else tensors.entry(name, shape, name)
+        tensors.ids(name, shape) if name == "heads.token_map" else tensors.entry(name, shape, name)
         for name, shape in tail.items()
     ]
     tensors.refuse_others([entry.key for entry in entries + head_entries], lambda _: False)

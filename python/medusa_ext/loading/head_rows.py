@@ -164,10 +164,18 @@ def _token_map(heads: Heads, ids: NDArray[np.int32]) -> Entry:
 
 
 def _stored_ids(heads: Heads, vocab_size: int) -> NDArray[np.int32]:
-    """Vocabulary ids of the rows that the heads have now."""
+    """Vocabulary ids of the rows that the heads have now; LoadError where they are none."""
     for entry in heads.entries:
         if entry.name == "heads.token_map":
             ids: NDArray[np.int32] = entry.read("")[0]
+            wrong = ids[(ids < 0) | (ids >= vocab_size)]
+            if len(wrong):
+                raise LoadError(
+                    f"{entry.file.path}: tensor {entry.key} holds {wrong[0]}; wanted ids of the "
+                    f"vocabulary, 0 to {vocab_size - 1}"
+                )
+            if len(np.unique(ids)) < len(ids):
+                raise LoadError(f"{entry.file.path}: tensor {entry.key} names a token twice")
             return ids
     return np.arange(vocab_size, dtype=np.int32)
 

@@ -96,6 +96,25 @@ class TensorSet:
         Raises:
             LoadError: missing, of another shape, or of a type that is no float.
         """
+        file = self._file_of(key, shape)
+        stored = file.dtype(key)
+        if stored not in FLOAT_BYTES and not can_expand(file, stored):
+            raise LoadError(
+                f"{file.path}: tensor {key} is stored as {stored}; f32, f16 and bf16 are read"
+            )
+        return Entry(name, shape, file, key, convert)
+
+    def ids(self, name: str, shape: Shape) -> Entry:
+        """One checked tensor of token ids; LoadError where it is missing or anything but i32."""
+        file = self._file_of(name, shape)
+        if file.dtype(name) != "i32":
+            raise LoadError(
+                f"{file.path}: tensor {name} is stored as {file.dtype(name)}; wanted i32"
+            )
+        return Entry(name, shape, file, name)
+
+    def _file_of(self, key: str, shape: Shape) -> TensorFile:
+        """The file that holds a tensor of this shape."""
         file = self.where.get(key)
         if file is None:
             raise LoadError(
@@ -107,12 +126,7 @@ class TensorSet:
                 f"{file.path}: tensor {key} has shape {shape_text(found)}, wanted "
                 f"{shape_text(shape)}"
             )
-        stored = file.dtype(key)
-        if stored not in FLOAT_BYTES and not can_expand(file, stored):
-            raise LoadError(
-                f"{file.path}: tensor {key} is stored as {stored}; f32, f16 and bf16 are read"
-            )
-        return Entry(name, shape, file, key, convert)
+        return file
 
     def refuse_others(self, used: Iterable[str], harmless: Callable[[str], bool]) -> None:
         """LoadError for the first tensor that is neither used nor harmless."""
