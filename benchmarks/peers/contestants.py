@@ -110,7 +110,7 @@ def _medusa(job: Job, heads: str | None) -> Loaded:
 
     info = engine.info
     tree = f", {1 + len(engine.tree)} nodes" if engine.tree else ""
-    return Loaded(f"{info.get('weights', info['dtype'])}, {info['drafter']}{tree}", answer)
+    return Loaded(f"{info['weights']}, {info['drafter']}{tree}", answer)
 
 
 def _medusa_plain(job: Job) -> Loaded:
