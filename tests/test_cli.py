@@ -245,7 +245,7 @@ BAD = [
     (["generate", "x", "--device", "cuda", "--threads", "2"], "threads=2 is for the CPU"),
     (
         ["generate", "x", "--head-vocab", "0"],
-        'head_vocab must be "auto", None or an integer of 1 or more, got 0',
+        "--head-vocab must be an integer of 1 or more, auto or none, got '0'",
     ),
     (
         ["chat", "--heads", "none", "--head-vocab", "9"],
@@ -264,6 +264,19 @@ BAD = [
     (["export", "a", "b", "c", "d"], "export takes MODEL [HEADS] OUT"),
     (["export", "demo", "/no/such/folder/out.safetensors"], "cannot export to"),
 ]
+
+
+@pytest.mark.parametrize("word", ["none", "None", "NONE", "auto", "Auto", "12"])
+def test_words_of_head_vocab(word: str) -> None:
+    wanted = {"none": None, "12": 12}.get(word.lower(), "auto")
+    assert common.head_vocab_argument(word) == wanted
+
+
+@pytest.mark.parametrize("word", ["many", "", "-1", "1.5", "no\nne"])
+def test_head_vocab_that_is_no_word(word: str) -> None:
+    wanted = "^--head-vocab must be an integer of 1 or more, auto or none, got '.*'$"
+    with pytest.raises(ValueError, match=wanted):
+        common.head_vocab_argument(word)
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[:50])

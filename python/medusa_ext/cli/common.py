@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa_ext.options import parse_options
+from medusa_ext.options import parse_options, shown
 from medusa_ext.results import Piece, Result, Stats
 
 if TYPE_CHECKING:
@@ -123,7 +123,15 @@ def head_vocab_argument(given: str) -> HeadVocabOption:
     """Return what the Python functions take for `--head-vocab`."""
     from medusa_ext.loading import check_head_vocab
 
-    return None if given == "none" else check_head_vocab(given)
+    word = given.strip().lower()
+    if word == "none":
+        return None
+    try:
+        return check_head_vocab(word)
+    except ValueError:
+        raise ValueError(
+            f"--head-vocab must be an integer of 1 or more, auto or none, got {shown(given)}"
+        ) from None
 
 
 def accept_any_input() -> None:
