@@ -405,13 +405,14 @@ def test_quantised_in_loading_as_the_package_does(base, tmp_path):
 @pytest.mark.parametrize("weights", ["q8", "q4"])
 @pytest.mark.parametrize("source", ["f32", "bf16", "f16", "Q4_0", "Q4_K"])
 def test_quantised_in_export_as_in_loading(files, tmp_path, source, weights):
-    """Heads too, and a group of zeros."""
+    """Heads too, a group of zeros, and one too small for a scale."""
     torch_names = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
     path = files.get(source)
     if path is None:
         path = util.make_model(tmp_path / "hf", dtype=torch_names[source], **SIZES)
         state = util.read_weights(path)
         state["model.layers.0.mlp.up_proj.weight"][3, 32:64] = 0
+        state["model.layers.0.mlp.up_proj.weight"][3, 64:96] *= 1e-37
         util.write_weights(path, state)
     heads = util.make_heads(tmp_path / "heads", "B", hidden=256)
     backend = _core.Backend(threads=1)
@@ -443,14 +444,38 @@ def test_quantised_as_the_package_does(kind, package):
     np.testing.assert_array_equal(quantise(kind, bits, "bf16"), quantise(kind, widened, "f32"))
 
 
-def test_values_beyond_a_scale_are_not_exported(base, tmp_path):
+@pytest.mark.filterwarnings("error")
+def test_groups_too_small_for_a_scale_are_zero():
+    """Where 1 / d is beyond f32; the next greater ones have an inverse."""
+    tiny = np.float32(1e-38) * np.array([0, 1, 1e-3, -1, 1e-7, 0.5, 0.1, -0.3], np.float32)
+    x = np.tile(tiny, 12)[None]
+    x[0, 64:] *= 1e5
+    for kind, q in (("q8_0", 127), ("q4_1", 15)):
+        blocks = quantise(kind, x, "f32").reshape(3, -1)
+        assert not dequantise(kind, blocks[:2]).any()
+        values = blocks[2, 2:].view(np.int8) if kind == "q8_0" else blocks[2, 4:] & 15
+        assert values.max() == q
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("weights", "kind"), [("q8", "q8_0"), ("q4", "q4_1")])
+@pytest.mark.parametrize("value", [1e9, -1e9, 3e38, np.inf, -np.inf, np.nan])
+def test_values_that_no_block_holds(base, tmp_path, weights, kind, value):
+    """Refused by export and by loading alike, in one line, and nothing is left behind."""
     folder = util.make_model(tmp_path / "hf", **SIZES)
     state = util.read_weights(folder)
-    state["model.layers.1.self_attn.o_proj.weight"][0, 0] = 1e9
+    state["model.layers.1.self_attn.o_proj.weight"][7, 40] = value
+    state["model.layers.1.self_attn.o_proj.weight"][7, 41] = -3e38 if value == 3e38 else 0
     util.write_weights(folder, state)
-    with pytest.raises(LoadError, match=r"o_proj\.weight holds values beyond the scales of q8_0"):
-        export(folder, None, tmp_path / "m.safetensors", weights="q8")
+    wanted = (
+        rf"^{folder}.*: tensor .*o_proj\.weight.* holds a value that is no finite number, or too "
+        rf'large for {kind}; the file is damaged, or wants weights="bf16" or "f32"$'
+    )
+    with pytest.raises(LoadError, match=wanted):
+        export(folder, None, tmp_path / "m.safetensors", weights=weights)
     assert not list(tmp_path.glob("*.safetensors"))
+    with pytest.raises(LoadError, match=wanted):
+        load_model(folder, None, weights=weights, backend=_core.Backend(threads=1))
 
 
 @pytest.mark.parametrize("weights", BLOCKS)

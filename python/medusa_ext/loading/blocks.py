@@ -100,7 +100,8 @@ def _q4_k(scales: Floats, data: Bytes) -> Floats:
 def quantise(kind: str, array: NDArray[Any], given: str) -> Bytes:
     """Rows of floats (bf16 as uint16) -> rows of q8_0 or q4_1 blocks, bit for bit as the core does.
 
-    The rules stand in csrc/backend/cpu/block_weight.h.
+    The rules stand in csrc/backend/cpu/block_weight.h. A block that cannot hold its values, which
+    the caller looks for, has a scale or minimum that is no finite number.
     """
     columns = array.shape[1]
     out: Bytes = np.empty((len(array), row_bytes(kind, columns)), np.uint8)
@@ -110,7 +111,8 @@ def quantise(kind: str, array: NDArray[Any], given: str) -> Bytes:
         if given == "bf16":
             part = (part.astype(np.uint32) << np.uint32(16)).view(np.float32)
         groups = part.astype(np.float32).reshape(-1, BLOCKS[kind].elements)
-        blocks = _q8_0(groups) if kind == "q8_0" else _q4_1(groups)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            blocks = _q8_0(groups) if kind == "q8_0" else _q4_1(groups)
         out[first : first + step] = blocks.reshape(len(part), -1)
     return out
 
@@ -131,16 +133,14 @@ def _q4_1(groups: Floats) -> Bytes:
 
 
 def _inverse(d: Floats) -> Floats:
-    zero = d == 0
-    inverse: Floats = np.where(
-        zero, np.float32(0), np.float32(1) / np.where(zero, np.float32(1), d)
-    )
+    """1 / d; 0 for a group so small that its scale is none."""
+    inverse: Floats = np.float32(1) / d
+    inverse[~np.isfinite(inverse)] = 0
     return inverse
 
 
 def _f16(values: Floats) -> Bytes:
-    with np.errstate(over="ignore"):  # the caller looks for scales that are not finite
-        return values.astype(np.float16).view(np.uint8)
+    return values.astype(np.float16).view(np.uint8)
 
 
 def expand(kind: str, rows: Bytes, dtype: str) -> NDArray[Any]:

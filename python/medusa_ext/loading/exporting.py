@@ -163,7 +163,8 @@ def _blocks(entry: Entry, kind: str) -> NDArray[np.uint8]:
     rows = quantise(kind, *entry.read("f32"))
     if not scales_are_finite(kind, rows):
         raise LoadError(
-            f"{entry.file.path}: tensor {entry.key} holds values beyond the scales of {kind} blocks"
+            f"{entry.file.path}: tensor {entry.key} holds a value that is no finite number, or too "
+            f'large for {kind}; the file is damaged, or wants weights="bf16" or "f32"'
         )
     return rows
 

@@ -10,6 +10,7 @@ from medusa_ext import _core
 from medusa_ext.device import kind_of
 from medusa_ext.loading.checkpoint import Checkpoint, open_checkpoint
 from medusa_ext.loading.config import Config
+from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.head_rows import HeadVocab
 from medusa_ext.loading.heads import HeadsInfo
 from medusa_ext.loading.plan import Entry, to_json
@@ -90,7 +91,10 @@ def build(checkpoint: Checkpoint, stored: Stored, backend: _core.Backend) -> _co
     builder = _core.ModelBuilder(config, stored.dtype, backend, stored.blocks)
     for entry in checkpoint.entries:
         array, given = _read(entry, stored)
-        builder.add(entry.name, array, given)
+        try:
+            builder.add(entry.name, array, given)
+        except ValueError as error:  # values that no block can hold, say
+            raise LoadError(f"{entry.file.path}: {error}") from None
         del array
         entry.file.release(entry.key)
     return builder.finish()
