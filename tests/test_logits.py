@@ -32,6 +32,10 @@ DEMO_BOUND = 250 * U
 # independent signs: thirty layers give sqrt(330) * 0.0016 = 0.03 of the logits' spread. Measured
 # 0.041 on random tokens, which are far from any text, and 0.025 on plain ones.
 BF16_SPREAD = 0.06
+# Where weights lie in blocks, 32 values of a row share a step of 1/127 of their greatest, some 2.1
+# standard deviations: 2.1 / 127 / sqrt(12) = 0.0048 of them. Four products a layer: sqrt(120) *
+# 0.0048 = 0.053. Measured 0.124 on random tokens and 0.065 on plain ones.
+BLOCKS_SPREAD = 0.18
 
 VOCAB, LENGTH = 97, 100
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -258,7 +262,7 @@ def demo_reference(demo_path: Path) -> transformers.PreTrainedModel:
 @pytest.fixture(scope="module")
 def demo_f32(demo_path: Path) -> Any:
     """Model and tokenizer, on the best instruction set; the tiny models run on all."""
-    return load_model(demo_path, None, dtype="f32", backend=_core.Backend())
+    return load_model(demo_path, None, weights="f32", backend=_core.Backend())
 
 
 def prompts(shared_dir: Path, tokenizer: Any, count: int) -> list[list[int]]:
@@ -286,15 +290,32 @@ def test_demo_model_in_f32(demo_f32: Any, demo_reference: transformers.PreTraine
     assert_same_bits(score(demo_f32.model, TEXT, 37), whole)
 
 
-@pytest.mark.checkpoint
-def test_demo_model_in_bf16(demo_path: Path, demo_reference: transformers.PreTrainedModel) -> None:
-    model = load(demo_path, "bf16", _core.Backend())
-    want = reference_logits(demo_reference, TEXT).astype(np.float64)
+def check_spread(
+    model: _core.Model, reference: transformers.PreTrainedModel, chunk: int, share: float
+) -> None:
+    """The error of all logits, as a share of their spread; the same bits in chunks."""
+    want = reference_logits(reference, TEXT).astype(np.float64)
     whole = score(model, TEXT, len(TEXT))
     error = np.sqrt(np.mean((whole - want) ** 2))
     spread = np.sqrt(np.mean((want - want.mean(axis=1, keepdims=True)) ** 2))
-    assert error <= BF16_SPREAD * spread, f"{error / spread:.4f} of the spread"
-    assert_same_bits(score(model, TEXT, 41), whole)
+    assert error <= share * spread, f"{error / spread:.4f} of the spread"
+    assert_same_bits(score(model, TEXT, chunk), whole)
+
+
+@pytest.mark.checkpoint
+def test_demo_model_in_bf16(demo_path: Path, demo_reference: transformers.PreTrainedModel) -> None:
+    loaded = load_model(demo_path, None, weights="bf16", backend=_core.Backend())
+    check_spread(loaded.model, demo_reference, 41, BF16_SPREAD)
+
+
+@pytest.mark.checkpoint
+def test_demo_model_in_its_own_blocks(
+    demo_path: Path, demo_reference: transformers.PreTrainedModel
+) -> None:
+    """The weights are exact; rows are rounded to 8 bits before every product."""
+    loaded = load_model(demo_path, None, backend=_core.Backend())
+    assert loaded.stored.text == "q4_1, q8_0"
+    check_spread(loaded.model, demo_reference, 41, BLOCKS_SPREAD)
 
 
 @pytest.mark.checkpoint
