@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,6 +200,121 @@ def test_sizes_that_cannot_pay_are_left_out(calibrated, monkeypatch) -> None:
     assert all(set(taken) == {0.01 * count} and taken for count, taken in times.items())
     # The greatest tree emits `most` a step: none of more than most / 0.9 nodes can be faster.
     assert max(times) == next(count for count in COUNTS if count > most / 0.9)
+
+
+class Pace:
+    """A clock, and lanes whose steps, and a prompt of four times as long, take `seconds` of it."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.seconds = seconds
+        self.now = 7e5
+        self.begun: list[int] = []
+
+    def lane(self, model: object, paths: list[list[int]]) -> SimpleNamespace:
+        count = len(paths) + 1
+        self.begun.append(count)
+        self.pass_time(5 * self.seconds(count))
+        return SimpleNamespace(step=lambda: self.pass_time(self.seconds(count)))
+
+    def pass_time(self, seconds: float) -> float:
+        self.now += seconds
+        return seconds
+
+    def measure(self, found: Calibration) -> dict[int, list[float]] | None:
+        return tuning.step_times(None, found, COUNTS, clock=lambda: self.now)
+
+
+def calibration_of(calibrated: SimpleNamespace) -> Calibration:
+    return Calibration(calibrated.content["tree"], [], calibrated.content)
+
+
+@pytest.mark.parametrize(
+    ("step", "begun"),
+    [
+        (0.001, list(COUNTS)),
+        (0.028, list(COUNTS)),
+        (0.04, [1, 4, 8, 16, 32]),
+        (0.07, [1, 6, 16, 64]),
+        (0.1, [1, 8, 32]),
+        (0.142, [1, 12]),
+    ],
+)
+def test_slow_models_are_timed_with_fewer_sizes(calibrated, monkeypatch, step, begun) -> None:
+    """Which lie as far apart as all do, and three seconds are enough for them."""
+    pace = Pace(lambda count: step * (1 + count / 1000))
+    monkeypatch.setattr(tuning, "_Lane", pace.lane)
+    began = pace.now
+    times = pace.measure(calibration_of(calibrated))
+    assert pace.begun == list(times) == begun
+    assert all(set(taken) == {step * (1 + n / 1000)} for n, taken in times.items())
+    assert (len(times[1]) == 15) == (step < 0.005)
+    assert pace.now - began < 3.6
+
+
+def test_no_size_begins_when_the_time_is_up(calibrated, monkeypatch) -> None:
+    """Not even where the first ones promised that all would."""
+    pace = Pace(lambda count: 0.01 if count < 4 else 0.25)
+    monkeypatch.setattr(tuning, "_Lane", pace.lane)
+    monkeypatch.setattr(tuning, "_DOUBT", 1e-9)  # none is left out because it cannot pay
+    times = pace.measure(calibration_of(calibrated))
+    assert pace.begun == list(times) == [1, 2, 4, 6]
+
+
+def test_a_model_too_slow_to_time_is_left_to_its_calibration(
+    calibrated, cache, monkeypatch
+) -> None:
+    pace = Pace(lambda count: 0.15)
+    monkeypatch.setattr(tuning, "_Lane", pace.lane)
+    assert pace.measure(calibration_of(calibrated)) is None
+    assert pace.begun == [1]
+    monkeypatch.setattr(tuning, "step_times", lambda *_: None)
+    nodes = calibrated.content["step_times"][0]["nodes"]
+    assert len(tree_of(calibrated.model, calibrated.heads)) == nodes - 1
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("context", "wanted"),
+    [
+        (4, None),
+        (15, None),
+        (16, [1, 2, 4]),
+        (24, [1, 2, 4, 6, 8]),
+        (64, [1, 2, 4, 6, 8, 12, 16, 24, 32]),
+        (128, list(COUNTS)),
+    ],
+)
+def test_small_contexts(calibrated, cache, tmp_path, monkeypatch, context, wanted) -> None:
+    """Each size has room for eight tokens and is really decoded with; none where there is none."""
+    asked = []
+    measure = tuning.step_times
+
+    def watched(model: _core.Model, found: Calibration, counts: list[int]) -> object:
+        asked.append(list(counts))
+        for count in counts:
+            lane = tuning._Lane(model, found.tree[: count - 1])
+            assert lane.max_new_tokens >= 8
+            assert all(lane.step() > 0 for _ in range(12))
+        return measure(model, found, counts)
+
+    monkeypatch.setattr(tuning, "step_times", watched)
+    folder = shutil.copytree(calibrated.model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    model = load_model(folder, calibrated.heads, backend=_core.Backend(threads=1)).model
+    nodes = tuning.best_nodes(model, calibration_of(calibrated), lambda _: True)
+    assert asked == ([] if wanted is None else [wanted])
+    assert (nodes is None) == (wanted is None)
+
+
+def test_more_memory_is_measured_anew(calibrated, cache, measured, monkeypatch) -> None:
+    """Times of few sizes would else choose among these for ever."""
+    for most in (4, 4, 64, 64, 4):
+        monkeypatch.setattr(
+            "medusa_ext.engine.fits", lambda sizes, _, most=most: sizes.guesses.max_nodes <= most
+        )
+        assert len(tree_of(calibrated.model, calibrated.heads)) < most
+    assert measured == [[1, 2, 4], list(COUNTS)]
 
 
 @pytest.mark.parametrize(

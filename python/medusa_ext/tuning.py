@@ -3,7 +3,8 @@
 Calibration says what a tree of N nodes accepts, which is true of the heads wherever they run. What
 a step with it takes, t(N), belongs to a machine: its cores, its memory, how the weights are stored.
 So an engine with tree="auto" on a CPU takes the time of a few sizes after it has loaded, a second
-or two, and chooses the N that maximises tokens per step / t(N). N = 1 is plain decoding.
+or two, and chooses the N that maximises tokens per step / t(N). N = 1 is plain decoding. The larger
+the model, the fewer sizes; where two would take too long, nobody waits and calibration decides.
 
 The times are kept in step_times.json in MEDUSA_EXT_CACHE, else in medusa_ext below XDG_CACHE_HOME
 or ~/.cache, under all that they depend on; a file that is damaged or cannot be written costs
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -39,9 +41,11 @@ _VERSION = 1
 _MAX_ROWS = 64
 _MAX_BYTES = 1 << 20
 _MAX_SECONDS = 1e6
-_CONTEXT = 256  # tokens of a text to time; steps begin at the prompt's end
-_PROMPT = 64
+_CONTEXT = 128  # tokens of a text to time; steps begin at the prompt's end
+_PROMPT = 16
+_ROOM = 8  # tokens that a text must have room for, or its size of tree is left out
 _ROUNDS = 15
+_BEGINNING = 2.0  # seconds; no further size begins after
 _SECONDS = 1.0  # no further round begins after
 _SCATTER = 1.25  # upper over lower quartile
 _DOUBT = 0.9  # a size that cannot pay even if its first times were so much too long is left out
@@ -58,20 +62,26 @@ def best_nodes(model: _core.Model, found: Calibration, fits: Callable[[int], boo
         fits: whether memory holds a session with so many nodes.
 
     Returns:
-        The root counted; 1 where guessing does not pay. None where timing is switched off.
+        The root counted; 1 where guessing does not pay. None where timing is switched off, would
+        take too long, or finds no room in the model's context.
     """
     if os.environ.get("MEDUSA_EXT_CACHE") == OFF:
         return None
+    most = min(len(found.tree) + 1, _most_nodes(json.loads(model.config)["max_context"]))
+    counts = [count for count in COUNTS if count <= most and fits(count)]
+    if not counts:
+        return None
     folder = cache_folder()
-    key = key_of(model, found.tree)
+    key = key_of(model, found.tree, counts[-1])
     times = None if folder is None else read_times(folder, key)
     if times is None:
-        counts = [count for count in COUNTS if count <= len(found.tree) + 1 and fits(count)]
         samples = step_times(model, found, counts)
+        if samples is None:
+            return None
         times = {count: statistics.median(seconds) for count, seconds in samples.items()}
         if folder is not None and is_steady(samples):
             write_times(folder, key, times)
-    return choose(tokens_per_step(found), {n: t for n, t in times.items() if fits(n)})
+    return choose(tokens_per_step(found), {n: t for n, t in times.items() if n in counts})
 
 
 def tokens_per_step(found: Calibration) -> list[float]:
@@ -102,38 +112,66 @@ def is_steady(samples: Mapping[int, Sequence[float]]) -> bool:
 
 
 def step_times(
-    model: _core.Model, found: Calibration, counts: Sequence[int]
-) -> dict[int, list[float]]:
+    model: _core.Model,
+    found: Calibration,
+    counts: Sequence[int],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[int, list[float]] | None:
     """Measure what a step takes with some numbers of nodes, in sessions of their own.
 
     The sizes take turns, a step each, so that a machine that changes its pace changes it for all.
+    So they are in memory together, ten at most, before the engine has a session: each holds a cache
+    of 128 tokens and the workspace of a pass of as many rows as it has nodes, but of 16 at least.
 
     Args:
         model: with heads.
         found: the calibration, whose tree each size is a beginning of.
-        counts: numbers of nodes, rising; once one cannot pay, the greater ones are left out.
+        counts: numbers of nodes, rising, the first being 1. Once one cannot pay, the greater ones
+            are left out; if the first takes so long that there is no time for all, only each
+            second, third, ... is measured.
+        clock: seconds.
 
     Returns:
-        Seconds of each step by number of nodes.
+        Seconds of each step by number of nodes; None where there is no time for two sizes.
     """
     tokens = tokens_per_step(found)
     lanes: dict[int, _Lane] = {}
     first: Times = {}
-    for count in counts:
+    began, stride = clock(), 1
+    for index, count in enumerate(counts):
+        if index % stride:
+            continue
         lanes[count] = _Lane(model, found.tree[: count - 1])
         first[count] = min(lanes[count].step() for _ in range(2))
+        spent = clock() - began
+        if index == 0:
+            if spent > _BEGINNING / 2:
+                return None
+            stride = max(1, math.ceil(len(counts) * spent / _BEGINNING))
         # A greater tree takes no less time, and accepts no more than the greatest.
         most = tokens[counts[-1] - 1] / (_DOUBT * first[count])
-        if most < max(tokens[n - 1] / first[n] for n in first):
+        if spent > _BEGINNING or most < max(tokens[n - 1] / first[n] for n in first):
             break
     taken: dict[int, list[float]] = {count: [] for count in lanes}
-    end = time.perf_counter() + _SECONDS
+    end = clock() + _SECONDS
     for _ in range(_ROUNDS):
         for count, lane in lanes.items():
             taken[count].append(lane.step())
-        if time.perf_counter() > end:
+        if clock() > end:
             break
     return taken
+
+
+def _sizes(max_context: int) -> tuple[int, int]:
+    """Context and prompt of a text to time."""
+    context = min(_CONTEXT, max_context)
+    return context, min(_PROMPT, context // 4)
+
+
+def _most_nodes(max_context: int) -> int:
+    """Nodes of the greatest tree that leaves room for a text; 0 where there is none for any."""
+    context, prompt = _sizes(max_context)
+    return context - prompt - _ROOM if context >= 2 * _ROOM else 0
 
 
 class _Lane:
@@ -141,9 +179,8 @@ class _Lane:
 
     def __init__(self, model: _core.Model, paths: Paths) -> None:
         config = json.loads(model.config)
-        self.context = min(_CONTEXT, config["max_context"])
+        self.context, length = _sizes(config["max_context"])
         # What the text says hardly matters: what a step takes depends on its rows.
-        length = min(_PROMPT, self.context // 4)
         self.prompt = [token % config["vocab_size"] for token in range(length)]
         drafter = None
         if paths:
@@ -157,7 +194,7 @@ class _Lane:
             prefill_chunk=length,
         )
         # Ends where the whole tree still fits: nearer the context's end trees are smaller.
-        self.max_new_tokens = max(2, self.context - length - len(paths) - 1)
+        self.max_new_tokens = self.context - length - len(paths) - 1
         self.begin()
 
     def begin(self) -> None:
@@ -175,14 +212,15 @@ class _Lane:
         return time.perf_counter() - began
 
 
-def key_of(model: _core.Model, paths: Paths) -> dict[str, Any]:
-    """Return all that the time of a step depends on."""
+def key_of(model: _core.Model, paths: Paths, most: int) -> dict[str, Any]:
+    """Return all that the time of a step depends on, and the greatest number of nodes there is."""
     config = json.loads(model.config)
     return {
         "version": _core.__version__,
         "model": f"{config['family']} {_digest(config)}",
         "heads": config["heads"],
         "tree": _digest(paths[: max(COUNTS)]),
+        "nodes": most,
         "dtype": model.dtype,
         "weight_bytes": model.weight_bytes,
         "threads": model.backend.threads,
