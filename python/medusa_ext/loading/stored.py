@@ -58,8 +58,8 @@ def choose_types(
     Args:
         entries: of the model and its heads.
         file_dtype: what dtype "auto" is for this model.
-        weights: "auto" (blocks stay as the file has them), "q8" or "q4" (quantised to q8_0 and
-            q4_1, heads to q8_0), or a float type.
+        weights: "auto" (blocks stay as the file has them, heads beside blocks become q8_0), "q8" or
+            "q4" (quantised to q8_0 and q4_1, heads to q8_0), or a float type.
         dtype: of the cache and of what is not in blocks: a float type or "auto".
         kind: of device: "cpu" or "cuda", which has no products for blocks.
 
@@ -76,12 +76,14 @@ def choose_types(
     floats = weights if weights in FLOAT_BYTES else file_dtype if dtype == "auto" else dtype
     blocks: dict[str, str] = {}
     if weights not in FLOAT_BYTES and kind == "cpu":
+        quantised = any(entry.dtype in BLOCKS for entry in entries)
         for parts in _matrices(entries):
-            chosen = {_type_of(entry, weights) for entry in parts}
-            block = BLOCKS.get(chosen.pop()) if len(chosen) == 1 else None
+            chosen = {_type_of(entry, weights, quantised) for entry in parts}
+            name = chosen.pop()
+            block = BLOCKS.get(name) if not chosen else None
             if block is None or any(entry.shape[1] % block.elements for entry in parts):
                 continue  # a mixture, floats, or rows that no blocks fill: stays dtype
-            blocks |= {entry.name: _type_of(entry, weights) for entry in parts}
+            blocks |= {entry.name: name for entry in parts}
     sizes: dict[str, int] = {}
     for parts in _matrices(entries):
         name = blocks.get(parts[0].name, floats)
@@ -104,10 +106,13 @@ def weight_bytes(entries: Iterable[Entry], stored: Stored) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _type_of(entry: Entry, weights: str) -> str:
-    if weights == "auto":
-        return entry.dtype
-    return _OF_HEADS if _of_heads(entry) else _QUANTISED[weights]
+def _type_of(entry: Entry, weights: str, quantised: bool) -> str:
+    """quantised: the file has blocks, and heads beside them are quantised too."""
+    if _of_heads(entry) and entry.dtype in FLOAT_BYTES and (quantised or weights != "auto"):
+        return _OF_HEADS
+    return (
+        entry.dtype if weights == "auto" else _OF_HEADS if _of_heads(entry) else _QUANTISED[weights]
+    )
 
 
 def _of_heads(entry: Entry) -> bool:
