@@ -5,6 +5,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,7 +14,15 @@ import loading_util as util
 from calibration_util import calibrated_heads as make_calibrated
 from calibration_util import command, make_prompts, with_file, write_lines
 from medusa_ext import Engine, _core
-from medusa_ext.loading import LoadError, convert, export, inspect, load_model, open_checkpoint
+from medusa_ext.loading import (
+    LoadError,
+    blocks,
+    convert,
+    export,
+    inspect,
+    load_model,
+    open_checkpoint,
+)
 from medusa_ext.loading.files import SafetensorsTensors
 from medusa_ext.loading.head_rows import DRAFT_TOKENS_FILE
 from medusa_ext.memory import Guesses, Limits, Sizes, plan
@@ -122,6 +131,40 @@ def test_rows_of_a_gguf(base, tmp_path, kind):
     np.testing.assert_array_equal(
         tensors["heads.draft_lm_head.weight"], tensors["lm_head.weight"][IDS]
     )
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_0"])
+def test_of_blocks_only_these_rows_are_expanded(base, tmp_path, monkeypatch, kind):
+    """Where they cannot stay blocks; an exported file's too, whose rows are chosen among again."""
+    path = util.make_gguf(tmp_path / "model.gguf", base, kind=kind)
+    heads = heads_with(tmp_path / "heads", IDS)
+    checkpoint = open_checkpoint(path, heads)
+    *_, copies, _ = checkpoint.entries
+    whole = next(entry for entry in checkpoint.entries if entry.name == "lm_head.weight")
+    wanted = {dtype: whole.read(dtype)[0][IDS] for dtype in ("f32", "bf16")}
+    seen = []
+    for module, name in ((gguf, "dequantize"), (blocks, "dequantise")):
+        real = getattr(module, name)
+
+        def counted(*arguments: object, real=real) -> np.ndarray:
+            values = real(*arguments)
+            seen.append(len(values))
+            return values
+
+        monkeypatch.setattr(module, name, counted)
+    assert copies.name == "heads.draft_lm_head.weight"
+    for dtype, values in wanted.items():
+        np.testing.assert_array_equal(copies.read(dtype)[0], values)
+    assert seen == [len(IDS)] * 2
+    seen.clear()
+    if kind == "Q5_0":  # exported as bf16
+        return
+    out = export(path, heads, tmp_path / "few.safetensors")
+    few = next(
+        entry for entry in open_checkpoint(out, head_vocab=4).entries if "draft" in entry.name
+    )
+    np.testing.assert_array_equal(few.read("f32")[0], wanted["f32"][:4])
+    assert seen == [4]
 
 
 @pytest.mark.parametrize(

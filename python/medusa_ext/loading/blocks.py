@@ -229,6 +229,10 @@ class ExportedTensors(SafetensorsTensors):
             return super().read(name, dtype)
         return expand(kind, self.read_blocks(name), dtype), dtype
 
+    def read_rows(self, name: str, dtype: str, rows: NDArray[Any]) -> NDArray[Any]:
+        """See BlockFile."""
+        return expand(self.blocks[name], self.read_blocks(name)[rows], dtype)
+
     def read_blocks(self, name: str) -> Bytes:
         """The blocks as they are, [rows, bytes]."""
         rows: Bytes = self.file.array(name)

@@ -65,6 +65,9 @@ class BlockFile(TensorFile, Protocol):
     def expands(self, dtype: str) -> bool:
         """Whether `read` expands blocks of this type."""
 
+    def read_rows(self, name: str, dtype: str, rows: NDArray[Any]) -> NDArray[Any]:
+        """Some rows of a tensor in blocks, as `read` expands them."""
+
     def read_blocks(self, name: str) -> NDArray[np.uint8]:
         """The blocks as they are, [rows, bytes]; LoadError where a scale is no finite number."""
 

@@ -165,7 +165,11 @@ class GgufFile:
             return np.asarray(tensor.data).view(np.uint16).reshape(self.shape(name)), stored
         if stored in ("f32", "f16"):
             return np.asarray(tensor.data), stored
-        return self._expand(name, dtype), dtype
+        return self._expand(name, dtype, np.asarray(tensor.data)), dtype
+
+    def read_rows(self, name: str, dtype: str, rows: NDArray[Any]) -> NDArray[Any]:
+        """See BlockFile."""
+        return self._expand(name, dtype, np.asarray(self.tensors[name].data)[rows])
 
     def read_blocks(self, name: str) -> NDArray[np.uint8]:
         """See BlockFile."""
@@ -174,14 +178,14 @@ class GgufFile:
             raise LoadError(f"{self.path}: tensor {name} holds scales that are no finite numbers")
         return rows
 
-    def _expand(self, name: str, dtype: str) -> NDArray[Any]:
-        tensor, shape = self.tensors[name], self.shape(name)
+    def _expand(self, name: str, dtype: str, data: NDArray[np.uint8]) -> NDArray[Any]:
+        """Rows of blocks [rows, bytes] of a tensor -> their values."""
+        tensor, shape = self.tensors[name], (len(data), self.shape(name)[-1])
         out = np.empty(shape, {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[dtype])
         rows = max(1, _CHUNK // shape[-1])
         for first in range(0, shape[0], rows):
-            blocks = np.asarray(tensor.data[first : first + rows])
             try:
-                values = gguf.dequantize(blocks, tensor.tensor_type)
+                values = gguf.dequantize(data[first : first + rows], tensor.tensor_type)
             except NotImplementedError:
                 raise LoadError(
                     f"{self.path}: tensor {name} is stored as {self.dtype(name)}, which the "

@@ -26,7 +26,7 @@ from medusa_ext.loading.config import Config
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.files import ArrayTensors
 from medusa_ext.loading.heads import Heads
-from medusa_ext.loading.plan import Entry, chosen_rows
+from medusa_ext.loading.plan import Entry
 from medusa_ext.options import integer
 
 DRAFT_TOKENS_FILE = "draft_tokens.json"
@@ -126,13 +126,7 @@ def _share(heads: Heads, rows: NDArray[np.intp], config: Config, base: Iterable[
     """Copies of rows of the model's lm_head, for all heads."""
     name = "embed_tokens.weight" if config["tied_embeddings"] else "lm_head.weight"
     whole = next(entry for entry in base if entry.name == name)
-    copies = replace(
-        whole,
-        name="heads.draft_lm_head.weight",
-        shape=(len(rows), whole.shape[1]),
-        convert=chosen_rows(rows, whole.convert),
-        copied=True,
-    )
+    copies = replace(whole.only(rows), name="heads.draft_lm_head.weight", copied=True)
     ids = rows.astype(np.int32)
     return _sized(heads, len(rows), [*heads.entries, copies, _token_map(heads, ids)])
 
@@ -142,8 +136,7 @@ def _cut(heads: Heads, rows: NDArray[np.intp], stored: NDArray[np.int32]) -> Hea
     entries = []
     for entry in heads.entries:
         if entry.name.endswith("lm_head.weight"):
-            shape = (len(rows), entry.shape[1])
-            entries.append(replace(entry, shape=shape, convert=chosen_rows(rows, entry.convert)))
+            entries.append(entry.only(rows))
         elif entry.name != "heads.token_map":
             entries.append(entry)
     return _sized(heads, len(rows), [*entries, _token_map(heads, stored[rows])])

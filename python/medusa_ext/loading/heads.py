@@ -18,7 +18,7 @@ from medusa_ext.loading.files import (
     TensorFile,
 )
 from medusa_ext.loading.hf import HEAD_PREFIXES, has_weights, open_weights
-from medusa_ext.loading.plan import Entry, TensorSet, chosen_rows
+from medusa_ext.loading.plan import Entry, TensorSet
 
 _FILES: list[tuple[str, Callable[[Path], TensorFile], str]] = [
     ("medusa_lm_head.safetensors", SafetensorsTensors, "B"),
@@ -279,7 +279,7 @@ def _open_vllm(tensors: TensorSet, raw: Config, base: Config, path: Path) -> Hea
         name = f"heads.{head}.lm_head.weight"
         whole = tensors.entry(name, (stored_rows, reader.hidden), key)
         if stored_rows > rows and token_map is not None:
-            whole = Entry(name, (rows, reader.hidden), whole.file, key, chosen_rows(token_map))
+            whole = whole.only(token_map)
         elif stored_rows != rows:
             raise LoadError(
                 f"{whole.file.path}: tensor {key} has {stored_rows} rows, token_map has {rows}"

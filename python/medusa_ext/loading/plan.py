@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class Entry:
     key: str
     convert: Convert | None = None  # moves rows; applied to what the file gives
     copied: bool = False  # of another entry's tensor
+    rows: NDArray[Any] | None = field(default=None, compare=False)  # kept; None: all
 
     @property
     def dtype(self) -> str:
@@ -34,8 +35,21 @@ class Entry:
 
     def read(self, dtype: str) -> tuple[NDArray[Any], str]:
         """The values, C-contiguous, and their type; `dtype` is what quantised blocks expand to."""
-        array, stored = self.file.read(self.key, dtype)
+        file = self.file
+        if (
+            self.rows is not None
+            and self.convert is None
+            and isinstance(file, BlockFile)
+            and file.expands(self.dtype)
+        ):  # no others are expanded
+            return file.read_rows(self.key, dtype, self.rows), dtype
+        array, stored = file.read(self.key, dtype)
         return self._converted(array), stored
+
+    def only(self, rows: NDArray[Any]) -> "Entry":
+        """Some of its rows; of a mapped file no others are read."""
+        kept = rows if self.rows is None else self.rows[rows]
+        return replace(self, shape=(len(rows), *self.shape[1:]), rows=kept)
 
     def read_blocks(self) -> NDArray[np.uint8]:
         """The stored blocks [rows, bytes], C-contiguous; only rows move, so they stay whole."""
@@ -45,17 +59,9 @@ class Entry:
     def _converted(self, array: NDArray[Any]) -> NDArray[Any]:
         if self.convert is not None:
             array = self.convert(array)
+        if self.rows is not None:
+            array = array[self.rows]
         return np.ascontiguousarray(array)
-
-
-def chosen_rows(rows: NDArray[Any], before: Convert | None = None) -> Convert:
-    """Keep some rows; of a mapped file no others are read. `before` moves rows first."""
-
-    def convert(array: NDArray[Any]) -> NDArray[Any]:
-        chosen: NDArray[Any] = (array if before is None else before(array))[rows]
-        return chosen
-
-    return convert
 
 
 class TensorSet:
