@@ -93,9 +93,10 @@ void CpuBackend::pack_blocks(Weight& weight, int64_t first_output, TensorView sr
       const bool finite =
           place_row(dtype, row, K, reinterpret_cast<uint8_t*>(target.block(output / kColumns)),
                     static_cast<int>(output % kColumns));
-      MEDUSA_CHECK_ARG(
-          finite, "row ", output, " holds a value that is no finite number, or too large for ",
-          dtype_name(dtype), "; the file is damaged, or wants weights=\"bf16\" or \"f32\"");
+      MEDUSA_CHECK_ARG(finite, "row ", output - first_output,
+                       " holds a value that is no finite number, or too large for ",
+                       dtype_name(dtype),
+                       "; the file is damaged, or wants weights=\"bf16\" or \"f32\"");
     }
   });
 }
