@@ -72,7 +72,7 @@ class CpuBackend final : public Backend {
                                             : kernels_.gelu_tanh_gate;
   }
 
-  // body(first, last) over pieces of [0, count): one piece where the whole is less than about 20 us
+  // body(first, last) over pieces of [0, count): one piece where the whole is less than about 5 us
   // of work.
   template <class Body>
   void split(int64_t count, int64_t work_per_item, const Body& body) {

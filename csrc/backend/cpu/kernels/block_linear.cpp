@@ -15,6 +15,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/cpu/kernels/block_layout.h"
 #include "backend/cpu/kernels/kernels.h"
+#include "backend/cpu/kernels/outputs.h"
 #include "backend/cpu/kernels/simd.h"
 
 namespace medusa::cpu::MEDUSA_ISA {
@@ -174,18 +175,7 @@ void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_r
         x += M * kXGroupBytes;
       }
     }
-    for (int c = 0; c < C; ++c) {
-      const int64_t output = first_output + column + c * kLanes;
-      const int64_t valid = task.num_outputs - output;
-      if (valid <= 0) break;
-      const V bias = task.bias != nullptr ? load_some(task.bias + output, valid) : zero();
-      for (int m = 0; m < M; ++m) {
-        float* out = task.out + (first_row + m) * task.num_outputs + output;
-        V value = add(sum[m][c], bias);
-        if (task.accumulate) value = add(load_some(out, valid), value);
-        store_some(out, value, valid);
-      }
-    }
+    store_outputs(task, sum, first_row, first_output + column);
   }
 }
 

@@ -10,6 +10,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backend/cpu/kernels/dot_block.h"
 #include "backend/cpu/kernels/kernels.h"
+#include "backend/cpu/kernels/outputs.h"
 
 namespace medusa::cpu::MEDUSA_ISA {
 namespace {
@@ -37,18 +38,7 @@ void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_
     const int64_t next_step = next_bytes / kParts * Op::kStep / task.num_inputs;
     dot_block<W, M, C, true>(w, kColumns * Op::kStep, x, task.num_inputs, sum, next, next_step);
     next += next_bytes / kParts;
-    for (int c = 0; c < C; ++c) {
-      const int64_t output = first_output + part + c * kLanes;
-      const int64_t valid = task.num_outputs - output;
-      if (valid <= 0) break;
-      const V bias = task.bias != nullptr ? load_some(task.bias + output, valid) : zero();
-      for (int m = 0; m < M; ++m) {
-        float* out = task.out + (first_row + m) * task.num_outputs + output;
-        V value = add(sum[m][c], bias);
-        if (task.accumulate) value = add(load_some(out, valid), value);
-        store_some(out, value, valid);
-      }
-    }
+    store_outputs(task, sum, first_row, first_output + part);
   }
 }
 
