@@ -144,6 +144,7 @@ def test_real_times(calibrated, cache, monkeypatch) -> None:
     with Engine(calibrated.model, None, threads=1) as plain:
         wanted = [one.token_ids for one in plain.generate(prompts, max_new_tokens=50)]
     monkeypatch.setattr(tuning, "is_steady", lambda _: True)
+    monkeypatch.setattr(tuning, "_BEGINNING", 600.0)  # a machine that stalls is no failure
     with Engine(calibrated.model, calibrated.heads, threads=1) as engine:
         stats = engine.session_stats()
         assert (stats.steps, stats.pages_used, stats.pages_cached) == (0, 0, 0)
