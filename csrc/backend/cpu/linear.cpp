@@ -1,5 +1,5 @@
 // linear, and linear behind a norm or a gated activation: rows are made and laid out for the
-// kernel, then stripes of outputs shared out among the threads.
+// kernel, then ranges of outputs shared out among the threads.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <array>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/kernels/block_layout.h"
 #include "backend/cpu/packed_weight.h"
 
 namespace medusa::cpu {
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int64_t kPanelRows = 120;     // these rows of x stay cached while blocks of W pass
 constexpr int64_t kWorthBytes = 16384;  // of weights and rows that pay for another claim
-constexpr int64_t kCut = 64;  // K is cut at multiples of this, and so are the kernels' groups
+constexpr int64_t kCut = kRowPadding;   // K is cut at multiples of this, so that groups stay whole
 constexpr int kMaxRanges = 64;
 // So few values every thread lays out for itself: cheaper than waiting for one that does.
 constexpr int64_t kOwnValues = 2048;

@@ -7,7 +7,7 @@
 // Shapes    W as block_layout.h says; x [R, K] f32, rounded to 8 bits a value with one scale for
 //           each 32 of a row (x = scale q, |q| <= 127), each tile of rows interleaved:
 //           [K / 32] of { i8 [8][M][4], f32 scale [M], aux [M] }
-// Traffic   1.06 (q8_0), 0.56 (q4_0, q4_k), 0.625 (q4_1) N K bytes once for every 120 rows;
+// Traffic   1.06 (q8_0), 0.56 (q4_0), 0.58 (q4_k), 0.625 (q4_1) N K bytes once for every 120 rows;
 //           2 R N K operations in integers and 2 to 4 R N K / 32 in f32.
 //           SmolLM2-135M as its GGUF has it, 1 row: 98 MB a pass
 // Bits      integers are exact, so only the order of the groups counts: one order for every (row,
@@ -127,7 +127,7 @@ MEDUSA_INLINE void add_group(const Scales<kType>& scales, int group, const uint8
 // fetched a little ahead; of several passes each fetches its share of the next block: of every
 // `every` pairs of groups the one that is `turn`.
 struct Fetch {
-  const uint8_t* end;
+  const uint8_t* end;  // from here on nothing is fetched
   int64_t block_bytes;
   int every, turn;
 };

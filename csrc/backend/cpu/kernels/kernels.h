@@ -79,6 +79,8 @@ struct Kernels {
   const char* name;
   // The rows of a LinearTask are taken in ceil(num_rows / tile_rows) nearly equal tiles, each laid
   // out by arrange_rows: x [num_rows, K] bf16 for bf16 weights, else f32, to arranged_bytes a row.
+  // One call reads and lays out the inputs `k` of all rows of a tile; k begins at a multiple of 64
+  // and ends at one or at K.
   int (*tile_rows)(DType weight_dtype);
   int64_t (*arranged_bytes)(DType weight_dtype, int64_t num_inputs);
   void (*arrange_rows)(DType weight_dtype, const void* x, int64_t num_rows, int64_t num_inputs,
