@@ -107,12 +107,11 @@ def weight_bytes(entries: Iterable[Entry], stored: Stored) -> tuple[int, int]:
 
 
 def _type_of(entry: Entry, weights: str, quantised: bool) -> str:
-    """quantised: the file has blocks, and heads beside them are quantised too."""
-    if _of_heads(entry) and entry.dtype in FLOAT_BYTES and (quantised or weights != "auto"):
-        return _OF_HEADS
-    return (
-        entry.dtype if weights == "auto" else _OF_HEADS if _of_heads(entry) else _QUANTISED[weights]
-    )
+    """quantised: some entry is in blocks, and heads of floats beside it are quantised too."""
+    if weights == "auto":
+        beside = quantised and _of_heads(entry) and entry.dtype in FLOAT_BYTES
+        return _OF_HEADS if beside else entry.dtype
+    return _OF_HEADS if _of_heads(entry) else _QUANTISED[weights]
 
 
 def _of_heads(entry: Entry) -> bool:
