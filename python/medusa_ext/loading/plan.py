@@ -47,7 +47,7 @@ class Entry:
         return self._converted(array), stored
 
     def only(self, rows: NDArray[Any]) -> "Entry":
-        """Some of its rows; of a mapped file no others are read."""
+        """Some of its rows; of floats in a mapped file no others are read."""
         kept = rows if self.rows is None else self.rows[rows]
         return replace(self, shape=(len(rows), *self.shape[1:]), rows=kept)
 
