@@ -157,7 +157,8 @@ float inverse_of(float d) {  // 0 for a group so small that its scale is none
   return std::isfinite(inverse) ? inverse : 0.0f;
 }
 
-uint8_t limited(float q) { return static_cast<uint8_t>(std::clamp(q, 0.0f, 15.0f)); }
+// NaN, of a group whose range is beyond f32 and its scale therefore none, is 0.
+uint8_t limited(float q) { return static_cast<uint8_t>(q > 0.0f ? std::min(q, 15.0f) : 0.0f); }
 
 void quantise_q8_0(const Kernels& kernels, const float* x, uint8_t* block) {
   float most = 0.0f;
