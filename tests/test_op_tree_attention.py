@@ -383,6 +383,31 @@ def test_long_context(backend: _core.Backend, dtype: str, window: int) -> None:
         assert_same_bits(alone, got[[row]])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_that_share_long_contexts(backend: _core.Backend, dtype: str) -> None:
+    """Few queries of several texts, long and short: on two threads K and V are cut by pages."""
+    lengths, sizes = [1500, 70, 1100], [2, 2, 1]
+    outs = []
+    for threads in (1, 2, 3):
+        rng = np.random.default_rng(15)
+        case = PagedCase(
+            with_threads(backend, threads), [1510, 80, 1110], 1, 6, 2, 40, dtype, seed=threads
+        )
+        for line, length in enumerate(lengths):
+            case.write(prompt_rows(line, 0, length), *random_qkv(rng, case, length)[1:])
+        rows = join_rows(
+            *(
+                tree_rows(line, length, random_parents(rng, size, 0.3))
+                for line, (length, size) in enumerate(zip(lengths, sizes, strict=True))
+            )
+        )
+        q, k, v = random_qkv(rng, case, 5)
+        outs.append(run_step(case, rows, q, k, v))
+        check_rows(case, rows, q, outs[-1], 0, "f32")
+    assert_same_bits(outs[1], outs[0])
+    assert_same_bits(outs[2], outs[0])
+
+
 def test_unseen_infinities_leave_no_trace(backend: _core.Backend) -> None:
     """A node with infinite values and NaN keys spoils its descendants and nobody else."""
     rng = np.random.default_rng(15)

@@ -13,7 +13,8 @@
 namespace medusa::cpu {
 namespace {
 
-constexpr int64_t kLongPages = 16;  // from here on threads share a context
+constexpr int64_t kLongPages = 16;                      // from here on threads share a context
+constexpr int64_t kMaxSharedScores = int64_t{1} << 20;  // of all queries of a step: 4 MiB
 
 // Of one thread, grown to the longest context met.
 struct Scratch {
@@ -75,15 +76,17 @@ class Attention {
         group_(q.size(1) / cache.shape.num_kv_heads) {}
 
   void run(const std::vector<Run>& runs) {
-    // More queries of a head than a tile holds fill the threads by themselves, and their scores
+    // More queries of a head than a tile holds fill two threads by themselves, and their scores
     // would leave the cache before they are read again.
-    int64_t pages = 0;
+    int64_t pages = 0, scores = 0;
     bool few = pool_.num_threads() > 1;
     for (const Run& run : runs) {
-      pages = std::max(pages, num_pages(run));
+      const int64_t own = num_pages(run);
+      pages = std::max(pages, own);
+      scores += own * kPage * run.num_rows * q_.size(1);
       few = few && num_queries(run) <= kTileQueries;
     }
-    if (few && pages >= kLongPages) {
+    if (few && pages >= kLongPages && scores <= kMaxSharedScores) {
       share_context(runs);
     } else {
       share_queries(runs);
@@ -209,44 +212,32 @@ class Attention {
     });
   }
 
-  // All queries of one kv head of one sequence.
-  struct Unit {
-    int64_t first_tile, num_tiles, num_pages;
-  };
-
-  // Every query's scores by pages, then its weights, then the sums by columns; threads meet between
-  // the three.
+  // A tile for each kv head of each sequence: every query's scores by pages, then its weights, then
+  // the sums by columns; threads meet between the three.
   void share_context(const std::vector<Run>& runs) {
     thread_local std::vector<AttentionTile> tile_memory;
-    thread_local std::vector<Unit> unit_memory;
     thread_local Scratch shared;
-    // Tasks on other threads must see this one's.
-    std::vector<AttentionTile>& tiles = tile_memory;
-    std::vector<Unit>& units = unit_memory;
-    lay_out(runs, shared, tiles, units);
+    std::vector<AttentionTile>& tiles = tile_memory;  // tasks on other threads must see this one's
+    lay_out(runs, shared, tiles);
+    const auto num_tiles = static_cast<int64_t>(tiles.size());
 
     constexpr int64_t kChunkPages = 8;
     int64_t num_chunks = 0;
-    for (const Unit& unit : units) {
-      num_chunks = std::max(num_chunks, (unit.num_pages + kChunkPages - 1) / kChunkPages);
+    for (const AttentionTile& tile : tiles) {
+      num_chunks = std::max(num_chunks, (tile.num_pages + kChunkPages - 1) / kChunkPages);
     }
-    pool_.run(static_cast<int>(num_chunks * static_cast<int64_t>(units.size())), [&](int task) {
-      const Unit& unit = units[static_cast<size_t>(task / num_chunks)];
+    pool_.run(static_cast<int>(num_tiles * num_chunks), [&](int task) {
+      AttentionTile tile = tiles[static_cast<size_t>(task / num_chunks)];
       const int64_t first = task % num_chunks * kChunkPages;
-      const int64_t last = std::min(first + kChunkPages, unit.num_pages);
+      const int64_t last = std::min<int64_t>(first + kChunkPages, tile.num_pages);
+      if (first >= last) return;
       thread_local std::vector<float> queries;
-      float* memory = at_least(queries, unit.num_tiles * kTileQueries * head_dim_);
-      for (int64_t page = first; page < last; ++page) {
-        for (int64_t i = 0; i < unit.num_tiles; ++i) {
-          AttentionTile tile = tiles[static_cast<size_t>(unit.first_tile + i)];
-          tile.queries = memory + i * kTileQueries * head_dim_;
-          if (page == first) kernels_.attention_arrange(tile);
-          kernels_.attention_scores(tile, static_cast<int>(page), static_cast<int>(page) + 1);
-        }
-      }
+      tile.queries = at_least(queries, kTileQueries * head_dim_);
+      kernels_.attention_arrange(tile);
+      kernels_.attention_scores(tile, static_cast<int>(first), static_cast<int>(last));
     });
 
-    pool_.run(static_cast<int>(tiles.size()) * kTileQueries, [&](int task) {
+    pool_.run(static_cast<int>(num_tiles) * kTileQueries, [&](int task) {
       const AttentionTile& tile = tiles[static_cast<size_t>(task / kTileQueries)];
       const int i = task % kTileQueries;
       if (i >= tile.num_queries) return;
@@ -263,7 +254,7 @@ class Attention {
 
     const int64_t width = std::max<int64_t>(16, 64 / dtype_bytes(cache_.shape.dtype));
     const int64_t slices = (head_dim_ + width - 1) / width;
-    pool_.run(static_cast<int>(static_cast<int64_t>(tiles.size()) * slices), [&](int task) {
+    pool_.run(static_cast<int>(num_tiles * slices), [&](int task) {
       thread_local std::vector<float> values;
       AttentionTile tile = tiles[static_cast<size_t>(task / slices)];
       tile.values = at_least(values, values_size(kTileQueries));
@@ -273,15 +264,14 @@ class Attention {
     });
   }
 
-  // Tiles of all runs and heads with their pages and places for scores.
-  void lay_out(const std::vector<Run>& runs, Scratch& shared, std::vector<AttentionTile>& tiles,
-               std::vector<Unit>& units) const {
+  // Tiles with their pages and places for scores.
+  void lay_out(const std::vector<Run>& runs, Scratch& shared,
+               std::vector<AttentionTile>& tiles) const {
     tiles.clear();
-    units.clear();
     int64_t num_scores = 0, pointers = 0;
     for (const Run& run : runs) {
-      const int64_t pages = num_pages(run), queries = num_queries(run);
-      num_scores += queries * num_kv_heads_ * stride_of(pages);
+      const int64_t pages = num_pages(run);
+      num_scores += num_queries(run) * num_kv_heads_ * stride_of(pages);
       pointers += num_kv_heads_ * pages;
     }
     float* scores = at_least(shared.scores, num_scores);
@@ -289,35 +279,25 @@ class Attention {
     const void** k_pages = at_least(shared.k_pages, pointers);
     const void** v_pages = at_least(shared.v_pages, pointers);
     for (const Run& run : runs) {
-      const int64_t queries = num_queries(run);
-      const int64_t count = (queries + kTileQueries - 1) / kTileQueries;
       for (int64_t head = 0; head < num_kv_heads_; ++head) {
-        const auto first_tile = static_cast<int64_t>(tiles.size());
-        for (int64_t i = 0; i < count; ++i) {
-          tiles.push_back(questions(run, head, queries * i / count, queries * (i + 1) / count));
-        }
+        AttentionTile tile = questions(run, head, 0, num_queries(run));
         if (head == 0) {
           shared.needed.clear();
-          for (int64_t i = 0; i < count; ++i) {
-            mark(tiles[static_cast<size_t>(first_tile + i)], shared.needed);
-          }
+          mark(tile, shared.needed);
         }
         const auto pages = static_cast<int64_t>(shared.needed.size());
         find_pages(run, head, shared.needed, k_pages, v_pages);
-        for (int64_t i = 0; i < count; ++i) {
-          AttentionTile& tile = tiles[static_cast<size_t>(first_tile + i)];
-          tile.num_pages = static_cast<int>(pages);
-          tile.score_stride = stride_of(pages);
-          tile.k_pages = k_pages;
-          tile.v_pages = v_pages;
-          tile.scores = scores;
-          tile.totals = totals;
-          scores += tile.num_queries * tile.score_stride;
-          totals += tile.num_queries;
-        }
-        units.push_back({first_tile, count, pages});
+        tile.num_pages = static_cast<int>(pages);
+        tile.score_stride = stride_of(pages);
+        tile.k_pages = k_pages;
+        tile.v_pages = v_pages;
+        tile.scores = scores;
+        tile.totals = totals;
+        tiles.push_back(tile);
         k_pages += pages;
         v_pages += pages;
+        scores += tile.num_queries * tile.score_stride;
+        totals += tile.num_queries;
       }
     }
   }

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kPanelRows = 120;     // these rows of x stay cached while blocks of W pass
 constexpr int64_t kWorthBytes = 16384;  // of weights and rows that pay for another claim
 constexpr int64_t kCut = kRowPadding;   // K is cut at multiples of this, so that groups stay whole
-constexpr int kMaxRanges = 64;
+constexpr int kMaxRanges = 256;
 // So few values every thread lays out for itself: cheaper than waiting for one that does.
 constexpr int64_t kOwnValues = 2048;
 

@@ -107,9 +107,9 @@ def weight_bytes(entries: Iterable[Entry], stored: Stored) -> tuple[int, int]:
 
 
 def _type_of(entry: Entry, weights: str, quantised: bool) -> str:
-    """quantised: some entry is in blocks, and heads of floats beside it are quantised too."""
+    """quantised: some entry is in blocks, and heads that are in none beside it become some."""
     if weights == "auto":
-        beside = quantised and _of_heads(entry) and entry.dtype in FLOAT_BYTES
+        beside = quantised and _of_heads(entry) and entry.dtype not in BLOCKS
         return _OF_HEADS if beside else entry.dtype
     return _OF_HEADS if _of_heads(entry) else _QUANTISED[weights]
 
