@@ -73,7 +73,7 @@ void CpuBackend::product(int64_t num_rows, const Make& make, const Weight& weigh
   if (!own) {
     // Few tiles are shared out by parts of K as well.
     const int64_t tiles = num_panels * most_tiles, cuts = (K + kCut - 1) / kCut;
-    const int64_t parts = std::clamp<int64_t>(2 * pool_.num_threads() / tiles, 1, cuts);
+    const int64_t parts = std::clamp<int64_t>(pool_.num_threads() / tiles, 1, cuts);
     pool_.run(static_cast<int>(tiles * parts), [&](int task) {
       const Part panel(num_rows, task / parts / most_tiles, num_panels);
       const int64_t part = task % parts;

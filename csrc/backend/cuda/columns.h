@@ -97,7 +97,7 @@ void dispatch_float(DType dtype, const char* op, Function&& function) {
       return function.template operator()<__half>();
     case DType::bf16:
       return function.template operator()<__nv_bfloat16>();
-    case DType::i32:
+    default:
       break;
   }
   throw UnsupportedError(concat(op, ": no kernel for ", dtype_name(dtype), "; f32, f16 or bf16"));
