@@ -14,7 +14,7 @@ from pathlib import Path
 
 from medusa_ext.distill.prompts import TASKS, Prompt, Prompts
 
-COUNT = 20_000
+COUNT = 40_000
 _FILE = Path(__file__).with_name("tasks.json")
 _SLOT = re.compile(r"\{(\w+)\}")
 _NUMBERS = {**dict.fromkeys("abcde", (2, 30)), "small": (2, 12), "big": (40, 900)}
