@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 _CHUNK_ELEMENTS = 1 << 23  # of logits at once
+_CPU_ROWS = 192  # at once: more leave the caches, fewer read the weights too often
 _CANDIDATES = 64
 
 
@@ -91,6 +92,8 @@ class _CrossEntropy(torch.autograd.Function):
             x2, weight2 = x2.to(dtype), weight2.to(dtype)
         terms = torch.empty(len(x), dtype=torch.float32, device=x.device)
         rows = max(1, _CHUNK_ELEMENTS // len(weight))
+        if x.device.type == "cpu":
+            rows = min(rows, _CPU_ROWS)
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
             logits = (x[part] @ weight.t()).float()
