@@ -26,7 +26,9 @@ from calibration_util import (
     write_lines,
 )
 from medusa_ext import Engine, _core
+from medusa_ext.calibration import lookup
 from medusa_ext.calibration.file import read_calibration
+from medusa_ext.calibration.lookup import Worth
 from medusa_ext.calibration.ranks import BEYOND, Ranks, collect, walk
 from medusa_ext.calibration.report import print_report
 from medusa_ext.calibration.run import Request, _Measured, _Work, calibrate
@@ -88,6 +90,54 @@ def test_predicted_steps_are_the_engines_own(pair, dtype):
         assert whole.tokens == sum(map(len, answers))
         deep += sum(sum(result.stats.accepted_lengths[3:]) for result in results)
     assert deep > 20  # steps that kept two guesses or more
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_predicted_steps_with_lookup_are_the_engines_own(pair, dtype):
+    model, heads = pair
+    prompts = make_prompts(12, seed=3)
+    options = {"max_new_tokens": NUM_TOKENS, "eos_token_id": []}
+    with Engine(model, None, threads=1, dtype=dtype) as engine:
+        # Some begin with an answer, so that it can be looked up.
+        first = [result.token_ids for result in engine.generate(prompts, **options)]
+        prompts[::2] = [
+            prompt + answer + prompt
+            for prompt, answer in zip(prompts[::2], first[::2], strict=True)
+        ]
+        answers = [result.token_ids for result in engine.generate(prompts, **options)]
+    loaded = load_model(model, heads, dtype=dtype, backend=_core.Backend(threads=1))
+    ranks = ranks_of(loaded.model, [text(*both) for both in zip(prompts, answers, strict=True)])
+    table = lookup.shares(ranks.looked_up)
+    better = 0
+    for nodes in (2, 3, 5, 16, 64):
+        paths, values = best_paths(ranks, nodes - 1)
+        tree = _core.TreeSpec.from_paths(paths)
+        known = {tuple(path): value for path, value in zip(paths, values, strict=True)}
+        drafter = _core.medusa_drafter(
+            loaded.model, tree, [known[tuple(path)] for path in tree.paths()], table
+        )
+        session = _core.Session(loaded.model, drafter, max_batch=3)
+        made, steps = exact_steps(session, prompts)
+        assert made == answers
+        whole = [walk(ranks.choose([at]), paths, Worth(values, table)) for at in range(len(made))]
+        assert steps == [one.steps for one in whole]
+        better += walk(ranks, paths).steps - sum(steps)
+    assert better > 20
+
+
+def exact_steps(
+    session: _core.Session, prompts: list[list[int]]
+) -> tuple[list[list[int]], list[int]]:
+    """Answers of NUM_TOKENS, and the steps that they took."""
+    made, steps = {}, {}
+    for prompt in prompts:
+        made[session.submit(prompt, max_new_tokens=NUM_TOKENS)] = []
+    while not session.idle:
+        for event in session.step():
+            made[event.request] += event.tokens
+            if event.finish is not None:
+                steps[event.request] = event.stats.steps
+    return list(made.values()), [steps[request] for request in made]
 
 
 def test_every_turn_is_an_answer_of_its_own(pair, answered):
@@ -177,6 +227,10 @@ def test_file_holds_what_the_data_say(calibrated, pair, answered):
         assert row["error"] == pytest.approx(error, rel=1e-5)
         assert row["nodes"] == 1 or 0 < error < 0.3
         assert row["chosen_on"] == pytest.approx(walk(chosen, tree).tokens_per_step, rel=1e-5)
+        with_lookup = walk(held, tree, Worth(content["values"], content["lookup"]))
+        steps = row["with_lookup"]["tokens_per_step"]
+        assert steps == pytest.approx(with_lookup.tokens_per_step, rel=1e-5)
+    np.testing.assert_allclose(content["lookup"], lookup.shares(chosen.looked_up), rtol=1e-5)
     assert [row["nodes"] for row in content["predicted"]] == [1, 4, 16]
     assert content["predicted"][2]["tokens_per_step"] > 1.2
     math = content["by_category"]["math"]
@@ -195,7 +249,7 @@ def test_check_measures_engines(calibrated):
     assert (check["prompts"], check["max_new_tokens"]) == (3, 12)
     asked = [[{"role": "user", "content": f"say {n}"}] for n in range(3)]
     for row in check["all"]:
-        tree = calibrated.content["tree"][: row["nodes"] - 1]
+        tree = row["nodes"]
         with Engine(calibrated.model, calibrated.heads, tree=tree, threads=1) as engine:
             results = engine.generate(asked, max_new_tokens=12)
         tokens = sum(len(result.token_ids) for result in results)
@@ -217,7 +271,8 @@ def test_best_number_of_nodes_is_the_fastest(calibrated):
     assert (row["device"], row["dtype"], row["threads"]) == ("cpu", "f32", 1)
     assert row["seconds"].keys() == row["tokens_per_s"].keys() == {"1", "4", "16"}
     later = {
-        str(one["nodes"]): one["tokens_per_later_step"] for one in calibrated.content["predicted"]
+        str(one["nodes"]): one["with_lookup"]["tokens_per_later_step"]
+        for one in calibrated.content["predicted"]
     }
     for count, seconds in row["seconds"].items():
         assert row["tokens_per_s"][count] == pytest.approx(later[count] / seconds, rel=1e-4)
@@ -334,7 +389,7 @@ def test_step_times_of_the_sizes_that_are_known(calibrated, tmp_path, capsys):
 
 
 def test_categories_show_the_sizes_that_were_calibrated(calibrated, capsys):
-    lone = {"c": calibrated.content["by_category"]["math"] | {"tokens_per_step": {}}}
+    lone = {"c": calibrated.content["by_category"]["math"] | {"with_lookup": {}}}
     by_category = calibrated.content["by_category"] | lone
     print_report(calibrated.content | {"by_category": by_category}, Console(width=160))
     printed = capsys.readouterr().out.partition("By category")[2].splitlines()

@@ -49,6 +49,8 @@ UNFIT = [
     ({"step_times": [3]}, r"step_times\[0\] is missing or of the wrong type"),
     ({"step_times": [{"device": "cpu"}]}, r"step_times\[0\]\.dtype is missing"),
     ({"predicted": None}, "predicted is missing"),
+    ({"lookup": [[0.5], "x"]}, r"lookup\[1\] is missing or of the wrong type"),
+    ({"lookup": [[0.5, 1.5]]}, r"values and lookup must lie in \[0, 1\]"),
     ({"predicted": [{"nodes": 4}]}, r"predicted\[0\]\.tokens_per_step is missing"),
     ({"predicted": [{"nodes": True}]}, r"predicted\[0\]\.nodes is missing or of the wrong type"),
     ({"tokens": "many"}, "tokens is missing or of the wrong type"),

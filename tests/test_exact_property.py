@@ -57,7 +57,7 @@ def random_drafter(
     kinds = (
         ["scripted"] * 4
         + ["lookup", "plain"]
-        + ["heads", "heads", "named tree"] * (shape.heads > 0)
+        + ["heads", "heads", "heads and lookup", "named tree"] * (shape.heads > 0)
     )
     kind = str(rng.choice(kinds))
     max_nodes = int(rng.choice([2, 5, 16, 64, 100, 256][: 3 if tight else 6]))
@@ -80,7 +80,11 @@ def random_drafter(
         paths = named_tree(str(rng.choice(tree_names())), max_depth=shape.heads)
     else:
         paths = exact.random_paths(rng, max_nodes, int(rng.integers(1, shape.heads + 1)), ranks)
-    return kind, _core.medusa_drafter(model, _core.TreeSpec.from_paths(paths))
+    tree = _core.TreeSpec.from_paths(paths)
+    if kind == "heads and lookup":
+        values, lookup = rng.random(len(paths)), rng.random((int(rng.integers(1, 6)), 12))
+        return kind, _core.medusa_drafter(model, tree, values.tolist(), lookup.tolist())
+    return kind, _core.medusa_drafter(model, tree)
 
 
 def check_random_case(backend: _core.Backend, shape: Shape, case: int) -> None:

@@ -1,5 +1,6 @@
 """The tree that calibration chooses, against exhaustive search; the walk, against plain loops."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -8,19 +9,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_ext import _core
+from medusa_ext.calibration.lookup import LookedUp
 from medusa_ext.calibration.ranks import BEYOND, Ranks, accepted, walk
 from medusa_ext.calibration.tree_search import best_paths, search
 
 
 def make_ranks(answers: list[np.ndarray], num_ranks: int, categories=None) -> Ranks:
     """Ranks of answers [rows, K] each."""
+    ranks = np.concatenate(answers).astype(np.int16)
     return Ranks(
-        np.concatenate(answers).astype(np.int16),
+        ranks,
         np.cumsum([0, *map(len, answers)]),
         tuple(categories or [""] * len(answers)),
         tuple(range(len(answers))),
         num_ranks,
+        nothing_looked_up(ranks),
     )
+
+
+def nothing_looked_up(ranks: np.ndarray) -> LookedUp:
+    none = np.zeros(len(ranks), np.int8)
+    return LookedUp(none, none, none, none, np.full(ranks.shape, -1, np.int16))
 
 
 def random_ranks(seed: int, *, rows: int, heads: int, num_ranks: int, answers: int = 1) -> Ranks:
@@ -213,5 +222,5 @@ def test_error_of_tokens_per_step():
     off = 4 - 6 / 5 * 3, 2 - 6 / 5 * 2
     assert done.error == pytest.approx((2 * (off[0] ** 2 + off[1] ** 2)) ** 0.5 / 5)
     assert walk(ranks, []).error == 0  # one token a step, whatever the text
-    turns = Ranks(ranks.ranks, ranks.starts, ranks.categories, (0, 0), 2)
+    turns = replace(ranks, texts=(0, 0))
     assert walk(turns, [[0]]).error is None  # one text says nothing of others

@@ -38,7 +38,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The counts that were asked for in each measurement, which gives FAKE times."""
     asked: list[list[int]] = []
 
-    def fake(model: _core.Model, found: Calibration, counts: list[int]) -> dict[int, list[float]]:
+    def fake(
+        model: _core.Model, found: Calibration, counts: list[int], tokens: list[float]
+    ) -> dict[int, list[float]]:
         asked.append(list(counts))
         return {count: [FAKE(count)] for count in counts}
 
@@ -85,15 +87,15 @@ def test_the_choice_at_the_ends() -> None:
 
 def test_an_engine_takes_what_pays(calibrated, cache, measured) -> None:
     """And decodes with the beginning of the calibrated tree, which has so many nodes."""
-    values, tree = calibrated.content["values"], calibrated.content["tree"]
-    tokens = [1.0, *(1 + np.cumsum(values)).tolist()]
+    tree = calibrated.content["tree"]
+    tokens = tuning.tokens_per_step(calibration_of(calibrated), with_lookup=True)
     wanted = choose(tokens, {n: FAKE(n) for n in COUNTS if n <= len(tokens)})
     assert 1 < wanted <= 8
     assert tree_of(calibrated.model, calibrated.heads) == sorted(tree[: wanted - 1])
     assert measured == [[count for count in COUNTS if count <= len(tree) + 1]]
     with Engine(calibrated.model, calibrated.heads, threads=1) as engine:
         assert engine.info["nodes"] == wanted
-        assert engine.info["drafter"] == "3 Medusa heads"
+        assert engine.info["drafter"] == "3 Medusa heads and lookup"
     assert len(measured) == 1  # remembered
 
 
@@ -196,8 +198,9 @@ def test_sizes_that_cannot_pay_are_left_out(calibrated, monkeypatch) -> None:
 
     monkeypatch.setattr(tuning, "_Lane", Lane)
     found = Calibration(calibrated.content["tree"], [], calibrated.content)
-    most = tuning.tokens_per_step(found)[COUNTS[-1] - 1]
-    times = tuning.step_times(None, found, COUNTS)
+    tokens = tuning.tokens_per_step(found)
+    most = tokens[COUNTS[-1] - 1]
+    times = tuning.step_times(None, found, COUNTS, tokens)
     assert all(set(taken) == {0.01 * count} and taken for count, taken in times.items())
     # The greatest tree emits `most` a step: none of more than most / 0.9 nodes can be faster.
     assert max(times) == next(count for count in COUNTS if count > most / 0.9)
@@ -222,7 +225,8 @@ class Pace:
         return seconds
 
     def measure(self, found: Calibration) -> dict[int, list[float]] | None:
-        return tuning.step_times(None, found, COUNTS, clock=lambda: self.now)
+        tokens = tuning.tokens_per_step(found)
+        return tuning.step_times(None, found, COUNTS, tokens, clock=lambda: self.now)
 
 
 def calibration_of(calibrated: SimpleNamespace) -> Calibration:
@@ -290,13 +294,15 @@ def test_small_contexts(calibrated, cache, tmp_path, monkeypatch, context, wante
     asked = []
     measure = tuning.step_times
 
-    def watched(model: _core.Model, found: Calibration, counts: list[int]) -> object:
+    def watched(
+        model: _core.Model, found: Calibration, counts: list[int], tokens: list[float]
+    ) -> object:
         asked.append(list(counts))
         for count in counts:
             lane = tuning._Lane(model, found.tree[: count - 1])
             assert lane.max_new_tokens >= 8
             assert all(lane.step() > 0 for _ in range(12))
-        return measure(model, found, counts)
+        return measure(model, found, counts, tokens)
 
     monkeypatch.setattr(tuning, "step_times", watched)
     folder = shutil.copytree(calibrated.model, tmp_path / "model")

@@ -1,5 +1,6 @@
 // Medusa heads as a drafter: only the last accepted node's hidden row is read, every head's
-// candidates fill a static tree. Source: Medusa, arXiv:2401.10774.
+// candidates fill a static tree, and the text so far may take part. Source: Medusa,
+// arXiv:2401.10774.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <map>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "medusa/error.h"
+#include "medusa/lookup.h"
 #include "medusa/noise.h"
 #include "medusa/resident.h"
 #include "medusa/session.h"
@@ -27,8 +29,8 @@ int num_ranked(const ModelConfig& config) {
 
 class MedusaDrafter final : public Drafter {
  public:
-  MedusaDrafter(std::shared_ptr<const Model> model, const TreeSpec& tree)
-      : model_(std::move(model)), tree_(tree), ops_(*model_->backend) {
+  MedusaDrafter(std::shared_ptr<const Model> model, const TreeSpec& tree, const GuessValues& values)
+      : model_(std::move(model)), tree_(tree), ops_(*model_->backend), lookup_(values.lookup) {
     const HeadsConfig& heads = model_->config.heads;
     MEDUSA_CHECK_ARG(heads.num_heads > 0, "medusa drafter: the model has no heads");
     MEDUSA_CHECK_ARG(tree.depth() <= heads.num_heads, "medusa drafter: the tree is ", tree.depth(),
@@ -48,10 +50,11 @@ class MedusaDrafter final : public Drafter {
                        std::min(head_vocab_, kMaxTreeNodes));
       num_ranks_ = std::max(num_ranks_, tree.num_ranks(depth));
     }
+    order_nodes(values);
   }
 
   int max_nodes() const override { return tree_.num_nodes(); }
-  const TreeSpec* resident_tree() const override { return &tree_; }
+  const TreeSpec* resident_tree() const override { return lookup_.empty() ? &tree_ : nullptr; }
 
   void draft_resident(Resident& resident, int batch) override {
     if (tree_.depth() == 0) return;
@@ -113,6 +116,45 @@ class MedusaDrafter final : public Drafter {
   }
 
  private:
+  // The most valuable nodes first, parents before children; in the tree's own order where the text
+  // takes no part, since then the order matters only to a step without room for all.
+  void order_nodes(const GuessValues& values) {
+    const int count = tree_.num_nodes();
+    value_.assign(static_cast<size_t>(count), 1.0f);
+    for (int node = 1; node < count; ++node) order_.push_back(node);
+    if (lookup_.empty()) return;
+    MEDUSA_CHECK_ARG(static_cast<int>(values.nodes.size()) == count - 1, "medusa drafter: ",
+                     values.nodes.size(), " values given, the tree has ", count - 1,
+                     " nodes beside the root");
+    const auto is_share = [](float value) { return value >= 0.0f && value <= 1.0f; };
+    bool shares = std::all_of(values.nodes.begin(), values.nodes.end(), is_share);
+    for (const auto& row : lookup_) shares &= std::all_of(row.begin(), row.end(), is_share);
+    MEDUSA_CHECK_ARG(shares, "medusa drafter: a value is outside [0, 1]");
+    for (const int node : order_) {
+      value_[static_cast<size_t>(node)] =
+          std::min(values.nodes[static_cast<size_t>(node - 1)],
+                   value_[static_cast<size_t>(tree_.parent(node))]);
+    }
+    std::stable_sort(order_.begin(), order_.end(), [&](int a, int b) {
+      return value_[static_cast<size_t>(a)] > value_[static_cast<size_t>(b)];
+    });
+  }
+
+  // What followed where the end of the text stood before, and what each token of it is worth.
+  struct Found {
+    std::span<const int32_t> tokens;
+    const float* values = nullptr;
+  };
+  Found look_up(const DraftInput& input) const {
+    const Match match = latest_match(input.tokens, static_cast<int>(lookup_.size()));
+    if (match.length == 0) return {};
+    const std::vector<float>& values = lookup_[static_cast<size_t>(match.length - 1)];
+    const std::span<const int32_t> after = input.tokens.subspan(static_cast<size_t>(match.next));
+    const size_t length =
+        std::min({after.size(), values.size(), static_cast<size_t>(input.max_depth)});
+    return {after.first(length), values.data()};
+  }
+
   // One Buffer per role, grown outside the ops; row h * B + b of each is head h of sequence b.
   void* memory(std::unique_ptr<Buffer>& buffer, int64_t num_bytes) {
     if (!buffer || buffer->num_bytes() < num_bytes) {
@@ -233,18 +275,33 @@ class MedusaDrafter final : public Drafter {
     std::vector<int> node_of(static_cast<size_t>(tree_.num_nodes()), -1);
     node_of[0] = 0;
     const int max_depth = std::min(input.max_depth, depth);
-    for (int i = 1; i < tree_.num_nodes() && tree.num_nodes() < input.max_nodes; ++i) {
+    const int max_nodes = std::min(input.max_nodes, tree_.num_nodes());
+    const Found found = look_up(input);
+    size_t at = 0, known = 0;
+    int last = 0;  // node of the text's own guess before
+    while (tree.num_nodes() < max_nodes && (at < order_.size() || known < found.tokens.size())) {
+      const int i = at < order_.size() ? order_[at] : 0;
+      if (known < found.tokens.size() &&
+          (i == 0 || found.values[known] > value_[static_cast<size_t>(i)])) {
+        last = tree.add(last, found.tokens[known++]);
+        continue;
+      }
+      ++at;
       const int level = tree_.node_depth(i);
       const int parent = node_of[static_cast<size_t>(tree_.parent(i))];
       if (level > max_depth || parent < 0) continue;
-      const auto at = static_cast<size_t>(((level - 1) * batch + row) * width + tree_.rank(i));
-      node_of[static_cast<size_t>(i)] = tree.add(parent, candidates_[at]);
+      const auto place =
+          static_cast<size_t>(((level - 1) * batch + row) * width + tree_.rank(i));
+      node_of[static_cast<size_t>(i)] = tree.add(parent, candidates_[place]);
     }
   }
 
   std::shared_ptr<const Model> model_;
   TreeSpec tree_;
   Backend& ops_;
+  std::vector<std::vector<float>> lookup_;  // GuessValues::lookup
+  std::vector<float> value_;                // by node
+  std::vector<int> order_;                  // nodes but the root, as they are tried
   int head_vocab_ = 0, num_ranks_ = 0;
   std::mutex mutex_;  // two sessions may hold one drafter by mistake; they shall only be slow
   std::unique_ptr<Buffer> hidden_, u_, y_, copy_, last_, logits_, ids_, values_memory_;
@@ -258,8 +315,8 @@ class MedusaDrafter final : public Drafter {
 }  // namespace
 
 std::shared_ptr<Drafter> make_medusa_drafter(std::shared_ptr<const Model> model,
-                                             const TreeSpec& tree) {
-  return std::make_shared<MedusaDrafter>(std::move(model), tree);
+                                             const TreeSpec& tree, const GuessValues& values) {
+  return std::make_shared<MedusaDrafter>(std::move(model), tree, values);
 }
 
 void head_candidates(std::shared_ptr<const Model> model, const float* hidden, int64_t num_rows,
@@ -271,7 +328,8 @@ void head_candidates(std::shared_ptr<const Model> model, const float* hidden, in
                    " are wanted of each head, allowed is 1 to ", most);
   std::vector<std::vector<int>> chain;
   for (int depth = 1; depth <= heads.num_heads; ++depth) chain.emplace_back(depth, 0);
-  MedusaDrafter(std::move(model), TreeSpec::from_paths(chain)).rank(hidden, num_rows, width, ids);
+  MedusaDrafter(std::move(model), TreeSpec::from_paths(chain), {})
+      .rank(hidden, num_rows, width, ids);
 }
 
 }  // namespace medusa

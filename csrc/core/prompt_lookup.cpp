@@ -6,10 +6,22 @@
 #include <vector>
 
 #include "medusa/error.h"
+#include "medusa/lookup.h"
 #include "medusa/session.h"
 
 namespace medusa {
 namespace {
+
+// How many of the last tokens before `end` and of the text's last ones are equal, both inclusive.
+int common_tokens(std::span<const int32_t> text, int end, int most) {
+  const auto last = static_cast<int>(text.size()) - 1;
+  int length = 0;
+  while (length < most && length <= end &&
+         text[static_cast<size_t>(end - length)] == text[static_cast<size_t>(last - length)]) {
+    ++length;
+  }
+  return length;
+}
 
 class PromptLookupDrafter final : public Drafter {
  public:
@@ -22,22 +34,13 @@ class PromptLookupDrafter final : public Drafter {
   bool needs_hidden() const override { return false; }
 
  private:
-  struct Match {
-    int length;  // tokens before `next` that equal the end of the text
-    int next;    // index of the token that followed
-  };
-
   // Earlier places where the last tokens of the text stand, the longest first, then the most
   // recent.
   std::vector<Match> matches(std::span<const int32_t> text) const {
     std::vector<Match> found;
     const int last = static_cast<int>(text.size()) - 1;
     for (int end = last - 1; end >= 0; --end) {
-      int length = 0;
-      while (length < options_.max_ngram && length <= end &&
-             text[static_cast<size_t>(end - length)] == text[static_cast<size_t>(last - length)]) {
-        ++length;
-      }
+      const int length = common_tokens(text, end, options_.max_ngram);
       if (length >= options_.min_ngram) found.push_back({length, end + 1});
     }
     std::stable_sort(found.begin(), found.end(),
@@ -68,6 +71,15 @@ class PromptLookupDrafter final : public Drafter {
 };
 
 }  // namespace
+
+Match latest_match(std::span<const int32_t> text, int max_ngram) {
+  Match best;
+  for (int end = static_cast<int>(text.size()) - 2; end >= 0 && best.length < max_ngram; --end) {
+    const int length = common_tokens(text, end, max_ngram);
+    if (length > best.length) best = {length, end + 1};
+  }
+  return best;
+}
 
 std::shared_ptr<Drafter> make_prompt_lookup_drafter(const PromptLookupOptions& options) {
   MEDUSA_CHECK_ARG(options.min_ngram >= 1 && options.min_ngram <= options.max_ngram,

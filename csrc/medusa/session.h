@@ -79,8 +79,18 @@ class Session {
 void score(const Model& model, std::span<const int32_t> tokens, int chunk, float* logits,
            float* hidden);
 
+// How often a step's tokens run through a guess. Where it is known, what followed the same tokens
+// earlier in the text takes the place of the tree's nodes that are worth less; the number of nodes
+// stays. Drafting then needs the host.
+struct GuessValues {
+  std::vector<float> nodes;                // of the tree's nodes but the root
+  std::vector<std::vector<float>> lookup;  // [m - 1][d - 1]: of the d-th token that followed where
+                                           // the text's last m tokens stood before; m and more at
+                                           // the end
+};
+
 std::shared_ptr<Drafter> make_medusa_drafter(std::shared_ptr<const Model> model,
-                                             const TreeSpec& tree);
+                                             const TreeSpec& tree, const GuessValues& values = {});
 
 // What a step at temperature 0 would take from every head, best first, for texts whose last hidden
 // states are hidden [R, d] f32: ids [num_heads, R, width] i32. For calibration.

@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "medusa/drafter.h"
+#include "medusa/error.h"
+#include "medusa/lookup.h"
 #include "medusa/session.h"
 #include "medusa/tree.h"
 #include "python/bindings.h"
@@ -164,10 +166,28 @@ void bind_trees_and_drafters(py::module_& m) {
 
   m.def(
       "medusa_drafter",
-      [](const std::shared_ptr<Model>& model, const TreeSpec& tree) {
-        return make_medusa_drafter(model, tree);
+      [](const std::shared_ptr<Model>& model, const TreeSpec& tree, std::vector<float> values,
+         std::vector<std::vector<float>> lookup) {
+        return make_medusa_drafter(model, tree, {std::move(values), std::move(lookup)});
       },
-      py::arg("model"), py::arg("tree"), Release());
+      py::arg("model"), py::arg("tree"), py::arg("values") = std::vector<float>(),
+      py::arg("lookup") = std::vector<std::vector<float>>(), Release());
+  m.def(
+      "latest_matches",
+      [](const std::vector<int32_t>& tokens, int start, int stop, int max_ngram) {
+        const auto size = static_cast<int>(tokens.size());
+        MEDUSA_CHECK_ARG(start >= 1 && start <= stop && stop <= size + 1 && max_ngram >= 1,
+                         "latest_matches: texts of ", start, " to ", stop - 1, " tokens of ", size,
+                         " and up to ", max_ngram, " equal ones were asked for");
+        std::vector<std::pair<int, int>> found;
+        for (int length = start; length < stop; ++length) {
+          const Match match = latest_match(std::span(tokens).first(static_cast<size_t>(length)),
+                                           max_ngram);
+          found.emplace_back(match.length, match.next);
+        }
+        return found;
+      },
+      py::arg("tokens"), py::arg("start"), py::arg("stop"), py::arg("max_ngram"), Release());
   const PromptLookupOptions lookup;
   m.def(
       "prompt_lookup_drafter",

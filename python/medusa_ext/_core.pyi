@@ -171,7 +171,39 @@ class Drafter:
     def on_finish(self, request: int) -> None:
         """Called once when a request has ended: drop what was kept for it."""
 
-def medusa_drafter(model: Model, tree: TreeSpec) -> Drafter: ...
+def medusa_drafter(
+    model: Model,
+    tree: TreeSpec,
+    values: Sequence[float] = (),
+    lookup: Sequence[Sequence[float]] = (),
+) -> Drafter:
+    """Medusa heads, and what followed the same tokens earlier in the text where `lookup` is given.
+
+    Args:
+        model: with heads.
+        tree: of their candidates.
+        values: of the tree's paths, in the order of `tree.paths()`: how often a step's tokens run
+            through each, in [0, 1]. Read with `lookup` alone.
+        lookup: [m - 1][d - 1] how often the d-th token is right that followed the place where the
+            text's last m tokens stood before. Such guesses take the place of nodes worth less.
+    """
+
+def latest_matches(
+    tokens: Sequence[int], start: int, stop: int, max_ngram: int
+) -> list[tuple[int, int]]:
+    """Where the ends of texts stood before, as the drafter finds it.
+
+    Args:
+        tokens: of the longest text.
+        start: tokens of the first text, 1 or more.
+        stop: one more than those of the last; each text has one token more than the one before.
+        max_ngram: equal tokens that count at most.
+
+    Returns:
+        For each text the number of equal tokens, 0 where there are none, and the index of the token
+        that followed them.
+    """
+
 def prompt_lookup_drafter(
     *,
     max_ngram: int = 4,

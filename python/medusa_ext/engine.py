@@ -30,7 +30,7 @@ from medusa_ext.options import Options, integer, parse_options, shown
 from medusa_ext.prompts import PromptEncoder
 from medusa_ext.pump import Pump
 from medusa_ext.text_builder import TextBuilder
-from medusa_ext.trees import MAX_RANKS, Tree, is_auto, resolve_tree, tree_for
+from medusa_ext.trees import MAX_RANKS, Tree, is_auto, node_count, resolve_tree, tree_for
 from medusa_ext.tuning import best_nodes
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Engine:
         cache_tokens: int | None = None,
         prefill_chunk: int = 512,
         head_vocab: HeadVocab = "auto",
+        lookup: bool | None = None,
         isa: str = "",
         drafter: _core.Drafter | None = None,
         local_files_only: bool = False,
@@ -92,6 +93,10 @@ class Engine:
             head_vocab: how many tokens Medusa heads choose among, the most frequent ones; "auto":
                 those of draft_tokens.json beside the heads, or all where there is none; None: all.
                 Fewer make a step faster and guess a little worse; never another output.
+            lookup: whether what followed the same tokens earlier in the text takes the place of
+                guesses from Medusa heads that are worth less. It takes a calibrated tree ("auto" or
+                a number of nodes). None: where that is so, on a CPU; on a GPU guesses then come
+                from the host.
             isa: instruction set of the CPU's kernels, "" for the best: "generic", "avx2" or
                 "avx512".
             drafter: your own `medusa_ext.Drafter`, instead of heads.
@@ -128,6 +133,7 @@ class Engine:
         found = find_calibration(checkpoint)
         auto = auto_tree(found, kind, stored, backend.threads)
         self._tree = tree_for(checkpoint.config, tree, *auto)
+        self._lookup = _takes_lookup(lookup, tree, found, kind)
         if self._tree is not None and self._tree.depth > backend.max_tree_depth:
             raise ValueError(
                 f"the tree has depth {self._tree.depth}; {backend.name} computes trees of depth "
@@ -158,7 +164,11 @@ class Engine:
                 self._tree = self._tuned(self._tree, found, sizes, backend)
             self._drafter_name = f"{self._config['heads']['num_heads']} Medusa heads"
             if self._tree.num_nodes > 1:
-                self._drafter = _core.medusa_drafter(self._model, self._tree)
+                if found is not None and self._lookup:
+                    self._drafter_name += " and lookup"
+                    self._drafter = found.drafter(self._model, self._tree, with_lookup=True)
+                else:
+                    self._drafter = _core.medusa_drafter(self._model, self._tree)
         elif heads is not None:
             self._drafter_name = "prompt lookup"
         self._session = _core.Session(
@@ -349,6 +359,7 @@ class Engine:
             self._model,
             found,
             lambda count: fits(replace(sizes, guesses=Guesses(count, heads)), backend),
+            with_lookup=self._lookup,
         )
         return tree if nodes is None else _core.TreeSpec.from_paths(found.tree[: nodes - 1])
 
@@ -426,3 +437,22 @@ class Engine:
             f" dtype={self._model.dtype!r}, max_context={self._session.max_context},"
             f" backend={self._model.backend.detail!r})"
         )
+
+
+def _takes_lookup(asked: bool | None, tree: Tree, found: Calibration | None, kind: str) -> bool:
+    """Whether the text so far takes part beside Medusa heads; ValueError where it cannot."""
+    if not (asked is None or isinstance(asked, bool)):
+        raise ValueError(f"lookup must be True, False or None, got {shown(asked)}")
+    ours = is_auto(tree) or node_count(tree) is not None
+    can = found is not None and found.knows_lookup and ours
+    if asked and not can:
+        reason = (
+            f"the tree {shown(tree)} is your own"
+            if not ours
+            else "there is no calibration that says what it is worth"
+        )
+        raise ValueError(
+            f"lookup is True, but {reason}; it takes heads that `medusa-ext calibrate` has seen, "
+            'and tree="auto" or a number of nodes'
+        )
+    return can and (kind == "cpu" if asked is None else asked)

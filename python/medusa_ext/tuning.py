@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from medusa_ext import _core
-from medusa_ext.calibration.file import Calibration
+from medusa_ext.calibration.file import Calibration, predictions
 from medusa_ext.trees import Paths
 
 COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64)
@@ -53,13 +53,20 @@ _DOUBT = 0.9  # a size that cannot pay even if its first times were so much too 
 Times = dict[int, float]  # seconds of a step by number of nodes
 
 
-def best_nodes(model: _core.Model, found: Calibration, fits: Callable[[int], bool]) -> int | None:
+def best_nodes(
+    model: _core.Model,
+    found: Calibration,
+    fits: Callable[[int], bool],
+    *,
+    with_lookup: bool = False,
+) -> int | None:
     """Return the number of nodes that makes most tokens a second here.
 
     Args:
         model: with heads, on a CPU.
         found: the calibration of its heads.
         fits: whether memory holds a session with so many nodes.
+        with_lookup: whether the text so far takes part in the guesses.
 
     Returns:
         The root counted; 1 where guessing does not pay. None where timing is switched off, would
@@ -73,20 +80,31 @@ def best_nodes(model: _core.Model, found: Calibration, fits: Callable[[int], boo
         return None
     folder = cache_folder()
     key = key_of(model, found.tree, counts[-1])
+    tokens = tokens_per_step(found, with_lookup=with_lookup)
     times = None if folder is None else read_times(folder, key)
     if times is None:
-        samples = step_times(model, found, counts)
+        samples = step_times(model, found, counts, tokens)
         if samples is None:
             return None
         times = {count: statistics.median(seconds) for count, seconds in samples.items()}
         if folder is not None and is_steady(samples):
             write_times(folder, key, times)
-    return choose(tokens_per_step(found), {n: t for n, t in times.items() if n in counts})
+    return choose(tokens, {n: t for n, t in times.items() if n in counts})
 
 
-def tokens_per_step(found: Calibration) -> list[float]:
-    """Return how many tokens a step emits with the first 1, 2, ... nodes of a calibrated tree."""
-    return [1.0, *(1.0 + np.cumsum(found.content["values"])).tolist()]
+def tokens_per_step(found: Calibration, *, with_lookup: bool = False) -> list[float]:
+    """Return how many tokens a step emits with the first 1, 2, ... nodes of a calibrated tree.
+
+    With lookup: as predicted, and a straight line between two numbers that were.
+    """
+    tokens: list[float] = [1.0, *(1.0 + np.cumsum(found.content["values"])).tolist()]
+    if not with_lookup:
+        return tokens
+    known = predictions(found.content, with_lookup=True)
+    at = {1: 1.0} | {nodes: known[nodes]["tokens_per_later_step"] for nodes in sorted(known)}
+    counts = np.arange(1, len(tokens) + 1)
+    between: list[float] = np.interp(counts, list(at), list(at.values())).tolist()
+    return between
 
 
 def choose(tokens: Sequence[float], times: Times) -> int:
@@ -115,6 +133,7 @@ def step_times(
     model: _core.Model,
     found: Calibration,
     counts: Sequence[int],
+    tokens: Sequence[float],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, list[float]] | None:
     """Measure what a step takes with some numbers of nodes, in sessions of their own.
@@ -129,12 +148,12 @@ def step_times(
         counts: numbers of nodes, rising, the first being 1. Once one cannot pay, the greater ones
             are left out; if the first takes so long that there is no time for all, only each
             second, third, ... is measured.
+        tokens: that a step emits with 1, 2, ... nodes.
         clock: seconds.
 
     Returns:
         Seconds of each step by number of nodes; None where there is no time for two sizes.
     """
-    tokens = tokens_per_step(found)
     lanes: dict[int, _Lane] = {}
     first: Times = {}
     began, stride = clock(), 1

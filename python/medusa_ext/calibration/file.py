@@ -6,11 +6,15 @@ One key a line:
 - `heads` [K][R]: how often a head's candidate of rank r is the model's own token, over `counts` [K]
 - `tree`: paths, the most valuable first, so that its beginning is the tree of any number of nodes;
   `values`: how often a step's tokens run through each
+- `lookup` [M][D]: how often the d-th token is right that followed where the text's last m tokens
+  stood before; such guesses take the place of nodes worth less
 - `predicted`: for each number of nodes the tokens per step on text that did not choose the tree,
-  and its standard error over texts
+  and its standard error over texts; `with_lookup`: the same where the text takes part
 - `by_category`: `heads`, `counts` and tokens per step by the data's own categories
 - `step_times`: a row for each device: seconds of a step by number of nodes, and the best number
 - `check`: prediction against measurement, on prompts that were not used, and on which device
+
+Old files lack `lookup` and what belongs to it.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medusa_ext import _core
 from medusa_ext.device import AUTO_NODES
 from medusa_ext.loading import Checkpoint, LoadError, Stored
 from medusa_ext.loading.exporting import CALIBRATION_FILE, CALIBRATION_KEY
@@ -37,6 +42,7 @@ _SAME_DEVICE = ("device", "detail", "weights", "dtype", "threads")  # of step_ti
 # What each key must hold: a type, [of all], or {key: of its value}, ... standing for any key;
 # (of it,) may also be null or absent.
 _SHARES = {"heads": [[float]], "counts": [int]}
+_STEPS = {"tokens_per_step": float, "error": (float,), "tokens_per_later_step": float}
 _SHAPE = {
     "model": str,
     "data": str,
@@ -44,10 +50,11 @@ _SHAPE = {
     **_SHARES,
     "tree": list,
     "values": [float],
-    "predicted": [
-        {"nodes": int, "tokens_per_step": float, "error": (float,), "tokens_per_later_step": float}
-    ],
-    "by_category": {...: {**_SHARES, "tokens_per_step": {...: float}}},
+    "lookup": ([[float]],),
+    "predicted": [{"nodes": int, **_STEPS, "with_lookup": (_STEPS,)}],
+    "by_category": {
+        ...: {**_SHARES, "tokens_per_step": {...: float}, "with_lookup": ({...: float},)}
+    },
     "step_times": [
         {
             "device": str,
@@ -56,11 +63,13 @@ _SHAPE = {
             "threads": int,
             "nodes": int,
             "seconds": {...: float},
+            "lookup": (bool,),
         }
     ],
 }
 _CHECK = {
     "device": {...: object},
+    "lookup": (bool,),
     "prompts": int,
     "all": [{"nodes": int, "predicted": float, "measured": float, "measured_tokens_per_s": float}],
     "by_category": {...: {...: {"measured": float}}},
@@ -80,6 +89,29 @@ class Calibration:
     tree: Paths
     step_times: list[dict[str, Any]]
     content: dict[str, Any]
+
+    @property
+    def knows_lookup(self) -> bool:
+        """Whether it says what the text so far is worth, and so may take part."""
+        return bool(self.content.get("lookup"))
+
+    def drafter(
+        self, model: _core.Model, tree: _core.TreeSpec, *, with_lookup: bool
+    ) -> _core.Drafter:
+        """Make a drafter.
+
+        Args:
+            model: with the heads.
+            tree: a beginning of `self.tree`.
+            with_lookup: whether the text so far takes part.
+        """
+        if not with_lookup:
+            return _core.medusa_drafter(model, tree)
+        known = zip(map(tuple, self.tree), self.content["values"], strict=True)
+        values = dict(known)
+        return _core.medusa_drafter(
+            model, tree, [values[tuple(path)] for path in tree.paths()], self.content["lookup"]
+        )
 
     def nodes_for(self, device: str, stored: Stored, threads: int) -> int:
         """Return the number of nodes that was best on the device most like this one."""
@@ -150,6 +182,14 @@ def read_calibration(path: Path, config: Mapping[str, Any]) -> Calibration:
     except UnicodeDecodeError:
         raise LoadError(f"{path} is not UTF-8 text; {_REPAIR}") from None
     return _parsed(text, str(path), config)
+
+
+def predictions(content: Mapping[str, Any], *, with_lookup: bool) -> dict[int, dict[str, Any]]:
+    """What a calibration's content predicts, by number of nodes."""
+    return {
+        row["nodes"]: (row.get("with_lookup") if with_lookup else None) or row
+        for row in content["predicted"]
+    }
 
 
 def weights_of(row: Mapping[str, Any]) -> str:
@@ -226,6 +266,9 @@ def _checked(content: object, config: Mapping[str, Any]) -> Calibration:
     for row in (*content["predicted"], *rows):
         if not 1 <= row["nodes"] <= MAX_NODES:
             raise ValueError(f"nodes is {row['nodes']}; wanted 1 to {MAX_NODES}")
+    shares = [*content["values"], *(share for row in content.get("lookup") or () for share in row)]
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError("values and lookup must lie in [0, 1]")
     if len(content["values"]) != len(tree):
         raise ValueError(f"it has {len(content['values'])} values for {len(tree)} paths")
     for part in (content, *content["by_category"].values()):
@@ -244,7 +287,7 @@ def _match(value: Any, shape: Any, where: str = "") -> None:  # noqa: ANN401 - J
     if kind is float:
         fits = type(value) in (int, float) and abs(value) < 1e18  # NaN is not
     else:
-        fits = isinstance(value, kind) and not isinstance(value, bool)
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
         raise ValueError(f"{where} is missing or of the wrong type")
     if kind is list and shape is not list:

@@ -1,7 +1,7 @@
 """Where the model's own tokens stood among the candidates of Medusa heads.
 
-The matrix of ranks is all that calibration knows of model and heads: accuracies, the tree and the
-steps that decoding with any tree takes follow from it.
+The matrix of ranks, and what the text so far said, are all that calibration knows of model and
+heads: accuracies, the tree and the steps that decoding with any tree takes follow from them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_ext import _core
+from medusa_ext.calibration import lookup
+from medusa_ext.calibration.lookup import LookedUp, Worth
 from medusa_ext.calibration.texts import Text
 from medusa_ext.trees import Paths
 
@@ -35,6 +37,7 @@ class Ranks:
         categories: of the answers; "" where the data name none.
         texts: that the answers stand in.
         num_ranks: candidates that were looked at.
+        looked_up: what the text so far said, of the same rows.
     """
 
     ranks: NDArray[np.int16]
@@ -42,6 +45,7 @@ class Ranks:
     categories: tuple[str, ...]
     texts: tuple[int, ...]
     num_ranks: int
+    looked_up: LookedUp
 
     @property
     def num_heads(self) -> int:
@@ -55,14 +59,16 @@ class Ranks:
 
     def choose(self, answers: Sequence[int] | NDArray[Int]) -> Ranks:
         """Return some answers only, in the order given."""
-        rows = [np.arange(self.starts[a], self.starts[a + 1]) for a in answers]
-        lengths = [len(part) for part in rows]
+        parts = [np.arange(self.starts[a], self.starts[a + 1]) for a in answers]
+        lengths = [len(part) for part in parts]
+        rows = np.concatenate([np.empty(0, Int), *parts])
         return Ranks(
-            self.ranks[np.concatenate([np.empty(0, Int), *rows])],
+            self.ranks[rows],
             np.cumsum([0, *lengths], dtype=Int),
             tuple(self.categories[a] for a in answers),
             tuple(self.texts[a] for a in answers),
             self.num_ranks,
+            self.looked_up.choose(rows),
         )
 
     def halves(self) -> tuple[Ranks, Ranks]:
@@ -138,25 +144,31 @@ class Walk:
         return (self.tokens - self.answers) / later if later else 0.0
 
 
-def accepted(ranks: Ranks, paths: Paths) -> NDArray[Int]:
-    """Return how many guesses a step with this tree keeps at each row, [P]."""
+def accepted(ranks: Ranks, paths: Paths, worth: Worth | None = None) -> NDArray[Int]:
+    """Return how many guesses a step with this tree keeps at each row, [P].
+
+    With `worth`, whose first values are those of the paths, the text so far takes part.
+    """
     nodes = {(): 0} | {tuple(path): 1 + index for index, path in enumerate(paths)}
     # child[node, rank]; the last column stands for BEYOND and is no child, as is num_ranks.
     child = np.full((len(nodes), ranks.num_ranks + 2), -1, Int)
     for path, node in nodes.items():
         if path and path[-1] < ranks.num_ranks:
             child[nodes[path[:-1]], path[-1]] = node
+    kept = None if worth is None else lookup.kept(ranks.looked_up, paths, child, worth)
     at = np.zeros(len(ranks.ranks), Int)
     depth = np.zeros(len(ranks.ranks), Int)
     for column in ranks.columns:
         at = np.where(at >= 0, child[at, column], -1)
+        if kept is not None:
+            at[~kept.nodes[kept.kind, at]] = -1
         depth += at >= 0
-    return depth
+    return depth if kept is None else np.maximum(depth, kept.right)
 
 
-def walk(ranks: Ranks, paths: Paths) -> Walk:
+def walk(ranks: Ranks, paths: Paths, worth: Worth | None = None) -> Walk:
     """Decode the answers again with a tree, on ranks alone: exactly the steps of an engine."""
-    stride = (accepted(ranks, paths) + 1).tolist()
+    stride = (accepted(ranks, paths, worth) + 1).tolist()
     visited = np.zeros(len(stride), bool)
     steps: list[int] = []  # of each answer
     for start, end in zip(ranks.starts[:-1].tolist(), ranks.starts[1:].tolist(), strict=True):
@@ -203,6 +215,7 @@ def collect(
         done: called after each text with its tokens.
     """
     parts: list[NDArray[np.int16]] = []
+    said: list[LookedUp] = []
     starts, categories, origins = [0], [], []
     for origin, text in enumerate(texts):
         tokens = np.asarray(text.tokens, np.int32)
@@ -214,12 +227,20 @@ def collect(
             if len(rows):
                 _core.head_candidates(model, rows, ids)
             parts.append(_ranks_of(tokens[start:end], ids))
+            said.append(lookup.look_up(text.tokens, start, end, ids))
             starts.append(starts[-1] + len(rows))
             categories.append(text.category)
             origins.append(origin)
         done(len(tokens))
     ranks = np.concatenate([np.empty((0, num_heads), np.int16), *parts])
-    return Ranks(ranks, np.array(starts, Int), tuple(categories), tuple(origins), num_ranks)
+    return Ranks(
+        ranks,
+        np.array(starts, Int),
+        tuple(categories),
+        tuple(origins),
+        num_ranks,
+        lookup.joined(said, num_heads),
+    )
 
 
 def _ranks_of(answer: NDArray[np.int32], ids: NDArray[np.int32]) -> NDArray[np.int16]:

@@ -21,6 +21,8 @@ def print_report(content: dict[str, Any], console: Console) -> None:
     console.print(f"\nTrees on {times['device']} ({times['detail']}), {weights_of(times)}:")
     console.print(f"predicted on text that did not choose the tree (± standard error){measured}\n")
     console.print(_nodes(content))
+    if "lookup" in content:
+        console.print(f"tokens/s {'with' if times.get('lookup') else 'without'} lookup")
     console.print('* the best on this device, from which tree="auto" starts')
     if content["by_category"] or check.get("by_category"):
         console.print("\nBy category:\n")
@@ -40,7 +42,9 @@ def _nodes(content: dict[str, Any]) -> Table:
     check = check_here(content)
     measured = {row["nodes"]: row for row in check.get("all", [])}
     table = _table(
-        ["nodes", "step ms", "tokens/step", "tokens/s"]
+        ["nodes", "step ms", "tokens/step"]
+        + (["with lookup"] if "lookup" in content else [])
+        + ["tokens/s"]
         + (["measured tokens/step", "off by", "measured tokens/s"] if check else []),
     )
     for row in content["predicted"]:
@@ -50,7 +54,11 @@ def _nodes(content: dict[str, Any]) -> Table:
         cells = [
             key + (" *" if row["nodes"] == times["nodes"] else ""),
             f"{1000 * times['seconds'][key]:.2f}",
-            f"{row['tokens_per_step']:.3f}{_error(row.get('error'))}",
+            *(
+                f"{one['tokens_per_step']:.3f}{_error(one.get('error'))}"
+                for one in (row, row.get("with_lookup"))
+                if one
+            ),
             f"{times['tokens_per_s'][key]:.1f}",
         ]
         if row["nodes"] in measured:
@@ -67,6 +75,7 @@ def _nodes(content: dict[str, Any]) -> Table:
 def _categories(content: dict[str, Any]) -> Table:
     nodes = [str(count) for count in _few_sizes(content)]
     known, check = content["by_category"], check_here(content).get("by_category", {})
+    steps = "with_lookup" if content["step_times"][-1].get("lookup") else "tokens_per_step"
     columns = ["category", "head 0 top 1, %", "positions"]
     for count in nodes:
         columns += [f"tokens/step, {count}"] + ([f"measured, {count}"] if check else [])
@@ -77,7 +86,7 @@ def _categories(content: dict[str, Any]) -> Table:
         if own:
             cells[1:] = [f"{100 * sum(own['heads'][0][:1]):.1f}", f"{own['counts'][0]:,}"]
         for count in nodes:
-            cells.append(_number(own and own["tokens_per_step"].get(count)))
+            cells.append(_number(own and own[steps].get(count)))
             if check:
                 cells.append(_number(check.get(name, {}).get(count, {}).get("measured")))
         table.add_row(*cells)

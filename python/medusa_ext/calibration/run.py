@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from medusa_ext import _core
-from medusa_ext.calibration.file import device_of, read_calibration, write_calibration
+from medusa_ext.calibration.file import (
+    Calibration,
+    device_of,
+    predictions,
+    read_calibration,
+    write_calibration,
+)
+from medusa_ext.calibration.lookup import Worth, shares
 from medusa_ext.calibration.ranks import Ranks, collect, walk
 from medusa_ext.calibration.step_times import PREFILL_CHUNK, Decoders, answer
 from medusa_ext.calibration.texts import Text, read_data, read_prompts
@@ -60,6 +67,8 @@ class Request:
         weights: as for `Engine`.
         dtype: as for `Engine`.
         threads: as for `Engine`.
+        lookup: whether the text so far takes part where decoding is timed and checked; None: as in
+            an `Engine` on this device.
         local_files_only: as for `Engine`.
     """
 
@@ -74,6 +83,7 @@ class Request:
     weights: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    lookup: bool | None = None
     local_files_only: bool = False
 
 
@@ -143,15 +153,25 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
             "step_times": [],
         }
     nodes = [count for count in nodes if count <= len(content["tree"]) + 1]
-    decoders = Decoders(loaded.model, content["tree"], nodes, context)
+    calibration = Calibration(content["tree"], [], content)
+    with_lookup = kind == "cpu" if request.lookup is None else request.lookup
+    if with_lookup and not calibration.knows_lookup:
+        if request.lookup:
+            raise LoadError(
+                f"{path} does not say what lookup is worth; make it again with --data, or leave "
+                "--lookup out"
+            )
+        with_lookup = False
+    decoders = Decoders(loaded.model, calibration, nodes, context, with_lookup=with_lookup)
     row = {
         "device": kind,
         "detail": backend.detail,
         "weights": stored.text,
         "dtype": stored.dtype,
         "threads": backend.threads,
+        "lookup": with_lookup,
     }
-    row |= work.step_times(decoders, content["predicted"], timed)
+    row |= work.step_times(decoders, predictions(content, with_lookup=with_lookup), timed)
     others = [other for other in content["step_times"] if device_of(other) != device_of(row)]
     content["step_times"] = [*others, row]
     if asked:
@@ -279,18 +299,25 @@ class _Work:
             )
         sizes = [count for count in nodes if count > 1] or NODES[1:]
         paths, values = search(chosen, MAX_NODES - 1, sizes)
+        worth = Worth(
+            [_short(value) for value in values],
+            [[_short(share) for share in row] for row in shares(chosen.looked_up)],
+        )
         nodes = [count for count in nodes if count <= len(paths) + 1]
         return {
             "answers": len(ranks.categories),
             **_accuracies(ranks),
             "tree": paths,
-            "values": [_short(value) for value in values],
+            "values": worth.values,
+            "lookup": worth.lookup,
             "predicted": [
-                _predicted(held, paths, count)
+                {"nodes": count}
+                | _predicted(held, paths, count)
                 | {"chosen_on": _short(walk(chosen, paths[: count - 1]).tokens_per_step)}
+                | {"with_lookup": _predicted(held, paths, count, worth)}
                 for count in nodes
             ],
-            "by_category": _by_category(ranks, held, paths, nodes),
+            "by_category": _by_category(ranks, held, paths, nodes, worth),
         }
 
     def timed(self, prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -308,15 +335,15 @@ class _Work:
         return min(max(ends) + 1, self.max_context)
 
     def step_times(
-        self, decoders: Decoders, predicted: Sequence[Content], prompts: Sequence[list[int]]
+        self, decoders: Decoders, predicted: dict[int, Content], prompts: Sequence[list[int]]
     ) -> Content:
         """Seconds of a step, tokens/s that follow, and the best number of nodes."""
         done = self.progress("step times", len(prompts) * len(decoders.sessions))
         seconds = decoders.step_times(prompts, TIMED_TOKENS, lambda: done(1))
         rates = {
-            row["nodes"]: row["tokens_per_later_step"] / seconds[row["nodes"]]
-            for row in predicted
-            if row["nodes"] in seconds
+            count: row["tokens_per_later_step"] / seconds[count]
+            for count, row in predicted.items()
+            if count in seconds
         }
         return {
             "seconds": {str(count): _short(value) for count, value in seconds.items()},
@@ -348,10 +375,12 @@ class _Work:
                 done(1)
             if len(texts) > 1:
                 raise _core.InternalError("trees changed the text; please report this")
-        predicted = {row["nodes"]: row for row in content["predicted"]}
+        with_lookup = times["lookup"]
+        predicted = predictions(content, with_lookup=with_lookup)
         by_category = {}
         for name in sorted({one.category for one in asked if one.category}):
-            known = content["by_category"].get(name, {}).get("tokens_per_step", {})
+            known = content["by_category"].get(name, {})
+            known = known.get("with_lookup" if with_lookup else "tokens_per_step", {})
             by_category[name] = {
                 str(count): {
                     "predicted": known.get(str(count)),
@@ -361,6 +390,7 @@ class _Work:
             }
         return {
             "device": device_of(times),
+            "lookup": with_lookup,
             "prompts": len(prompts),
             "max_new_tokens": self.max_new_tokens,
             "all": [
@@ -402,10 +432,9 @@ class _Measured:
         return self.later_tokens / self.seconds if self.seconds else 0.0
 
 
-def _predicted(ranks: Ranks, paths: Paths, nodes: int) -> Content:
-    done = walk(ranks, paths[: nodes - 1])
+def _predicted(ranks: Ranks, paths: Paths, nodes: int, worth: Worth | None = None) -> Content:
+    done = walk(ranks, paths[: nodes - 1], worth)
     return {
-        "nodes": nodes,
         "tokens_per_step": _short(done.tokens_per_step),
         "error": None if done.error is None else _short(done.error),
         "tokens_per_later_step": _short(done.tokens_per_later_step),
@@ -421,14 +450,18 @@ def _accuracies(ranks: Ranks) -> Content:
     }
 
 
-def _by_category(ranks: Ranks, held: Ranks, paths: Paths, nodes: Sequence[int]) -> Content:
+def _by_category(
+    ranks: Ranks, held: Ranks, paths: Paths, nodes: Sequence[int], worth: Worth
+) -> Content:
     """Accuracies over all texts, predictions of those that did not choose the tree."""
     found, predicting = {}, held.by_category()
     for name, part in ranks.by_category().items():
-        sizes = nodes if name in predicting else []
-        rows = [_predicted(predicting[name], paths, count) for count in sizes]
-        steps = {str(row["nodes"]): row["tokens_per_step"] for row in rows}
-        found[name] = _accuracies(part) | {"tokens_per_step": steps}
+        found[name] = _accuracies(part)
+        for key, said in (("tokens_per_step", None), ("with_lookup", worth)):
+            found[name][key] = {
+                str(count): _predicted(predicting[name], paths, count, said)["tokens_per_step"]
+                for count in (nodes if name in predicting else [])
+            }
     return found
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from medusa_ext import _core
-from medusa_ext.trees import Paths
+from medusa_ext.calibration.file import Calibration
 
 WARM_UP_TOKENS = 16
 PREFILL_CHUNK = 128
@@ -16,22 +16,29 @@ class Decoders:
     """A session for each number of nodes, over one model."""
 
     def __init__(
-        self, model: _core.Model, paths: Paths, nodes: Sequence[int], context: int
+        self,
+        model: _core.Model,
+        calibration: Calibration,
+        nodes: Sequence[int],
+        context: int,
+        *,
+        with_lookup: bool,
     ) -> None:
-        """Take the model and the paths, the most valuable first, of which each tree is a beginning.
+        """Open the sessions.
 
         Args:
             model: with heads.
-            paths: of the largest tree.
+            calibration: its tree is the largest; each tree is a beginning of it.
             nodes: of the trees, the root counted; 1 is plain decoding.
             context: tokens of prompt and output together.
+            with_lookup: whether the text so far takes part.
         """
         self.sessions = {}
         for count in nodes:
             drafter = None
             if count > 1:
-                tree = _core.TreeSpec.from_paths(paths[: count - 1])
-                drafter = _core.medusa_drafter(model, tree)
+                tree = _core.TreeSpec.from_paths(calibration.tree[: count - 1])
+                drafter = calibration.drafter(model, tree, with_lookup=with_lookup)
             self.sessions[count] = _core.Session(
                 model, drafter, max_batch=1, max_context=context, prefill_chunk=PREFILL_CHUNK
             )

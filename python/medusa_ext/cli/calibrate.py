@@ -53,6 +53,7 @@ def calibrate(
     dtype: common.DType = "auto",
     device: common.Device = "auto",
     threads: common.Threads = None,
+    lookup: common.Lookup = None,
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
     """Measure Medusa heads on held-out text and on this machine, and choose their tree."""
@@ -72,6 +73,7 @@ def calibrate(
         weights,
         dtype,
         threads,
+        lookup,
         local_files_only,
     )
     errors = Console(stderr=True)

@@ -37,6 +37,7 @@ def chat(
     cache_tokens: common.CacheTokens = None,
     prefill_chunk: common.PrefillChunk = 512,
     head_vocab: common.HeadVocab = "auto",
+    lookup: common.Lookup = None,
     isa: common.Isa = "",
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
@@ -68,6 +69,7 @@ def chat(
         cache_tokens=cache_tokens,
         prefill_chunk=prefill_chunk,
         head_vocab=head_vocab,
+        lookup=lookup,
         isa=isa,
         local_files_only=local_files_only,
         max_batch=1,

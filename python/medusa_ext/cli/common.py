@@ -39,6 +39,14 @@ MaxBatch = Annotated[int, typer.Option(help="Texts made side by side.")]
 HeadVocab = Annotated[
     str, typer.Option(help="Tokens that heads choose among, the most frequent; none: all; or auto.")
 ]
+Lookup = Annotated[
+    bool | None,
+    typer.Option(
+        "--lookup/--no-lookup",
+        help="Let what followed the same tokens earlier in the text take the place of poor guesses"
+        " of heads; on a CPU by default.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")]
 CacheTokens = Annotated[
     int | None,
@@ -83,6 +91,7 @@ def make_engine(
     cache_tokens: int | None,
     prefill_chunk: int,
     head_vocab: str,
+    lookup: bool | None,
     isa: str,
     local_files_only: bool,
     max_batch: int = 8,
@@ -104,6 +113,7 @@ def make_engine(
         cache_tokens=cache_tokens,
         prefill_chunk=prefill_chunk,
         head_vocab=head_vocab_argument(head_vocab),
+        lookup=lookup,
         isa=isa,
         local_files_only=local_files_only,
     )

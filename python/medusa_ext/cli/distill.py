@@ -76,6 +76,7 @@ def distill(
     cache_tokens: common.CacheTokens = None,
     prefill_chunk: common.PrefillChunk = 512,
     head_vocab: common.HeadVocab = "auto",
+    lookup: common.Lookup = None,
     isa: common.Isa = "",
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
@@ -114,6 +115,7 @@ def distill(
         cache_tokens=cache_tokens or max_batch * _CACHE_PER_TEXT,
         prefill_chunk=prefill_chunk,
         head_vocab=head_vocab,
+        lookup=lookup,
         isa=isa,
         local_files_only=local_files_only,
     )

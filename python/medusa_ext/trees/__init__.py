@@ -84,7 +84,7 @@ def resolve_tree(
     if isinstance(tree, _core.TreeSpec):
         return _fitting(tree, "the tree", num_heads, vocab_size)
     name = os.fspath(tree) if isinstance(tree, (str, os.PathLike)) else None
-    count = _node_count(tree)
+    count = node_count(tree)
     if name == "auto" or count is not None:
         max_nodes = max_nodes if count is None else count
         if best is None:
@@ -148,7 +148,7 @@ def tree_for(
     return None
 
 
-def _node_count(tree: object) -> int | None:
+def node_count(tree: object) -> int | None:
     """The nodes of a tree that is given by their number, as text too; None for any other tree."""
     if isinstance(tree, str) and re.fullmatch("[0-9]{1,9}", tree):
         tree = int(tree)
