@@ -1,6 +1,8 @@
 """Tokens per second of distillation and of transformers' generate, batch 64, in the same run.
 
-Both answer the same prompts with the demo model in bf16, greedily, on the same number of threads.
+Both answer the same prompts with the demo model, greedily, on the same number of threads: ours with
+the weights as the file has them, as `medusa-ext distill` does, transformers with the same expanded
+to bf16.
 transformers makes a batch at a time and every text as long as the longest; all tokens that it
 computes count, also those behind the end of a text. Of ours only the answers' tokens count, from
 the first prompt to the last line of the file. Rounds alternate, so that a machine that others use
