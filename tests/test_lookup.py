@@ -137,3 +137,16 @@ def test_the_command_line(calibrated, tmp_path, monkeypatch, capsys) -> None:
     arguments = ["generate", "hi", "-m", str(calibrated.model), "--heads", str(calibrated.heads)]
     assert run([*arguments, "--tree", "medusa.json", "--lookup"]) == 2
     assert "is your own" in capsys.readouterr().err
+
+
+def test_nodes_without_room_leave_it_to_others() -> None:
+    """With room for one token the deeper node is no node, and the last place is the text's."""
+    paths = [[0], [0, 0], [1]]
+    child = np.array([[1, 3, -1, -1], [2, -1, -1, -1], [-1] * 4, [-1] * 4])
+    for room, nodes, right in ((1, [1, 1, 0, 1], 1), (2, [1, 1, 1, 1], 0)):
+        row = np.array([room], np.int8)
+        one = np.ones(1, np.int8)
+        found = lookup.LookedUp(one, row, one, one, np.full((1, 2), -1, np.int16))
+        kept = lookup.kept(found, paths, child, lookup.Worth([0.9, 0.8, 0.2], [[0.1] * 3]))
+        assert kept.nodes[kept.kind[0]].tolist() == nodes
+        assert kept.right.tolist() == [right]

@@ -76,10 +76,15 @@ class MedusaDrafter final : public Drafter {
   void draft(std::span<const DraftInput> inputs, std::span<DraftTree> trees) override {
     const std::lock_guard lock(mutex_);
     std::vector<size_t> ready;
+    std::vector<Said> said;
     int depth = 0;
     for (size_t i = 0; i < inputs.size(); ++i) {
       if (!inputs[i].hidden || inputs[i].max_depth < 1 || inputs[i].max_nodes < 2) continue;
+      Said one = look_up(inputs[i]);
+      while (room(inputs[i], trees[i]) && one.value() > best_value()) one.add(trees[i]);
+      if (!room(inputs[i], trees[i])) continue;  // nothing is left for the heads to say
       ready.push_back(i);
+      said.push_back(one);
       depth = std::max(depth, std::min(inputs[i].max_depth, tree_.depth()));
     }
     if (ready.empty() || depth == 0) return;
@@ -90,8 +95,8 @@ class MedusaDrafter final : public Drafter {
                                 sampled ? std::max(num_ranks_, kCoupledCandidates) : num_ranks_});
     read_heads(inputs, ready, depth, width);
     for (size_t row = 0; row < ready.size(); ++row) {
-      fill(inputs[ready[row]], static_cast<int>(row), static_cast<int>(ready.size()), depth, width,
-           trees[ready[row]]);
+      fill(inputs[ready[row]], said[row], static_cast<int>(row), static_cast<int>(ready.size()),
+           depth, width, trees[ready[row]]);
     }
   }
 
@@ -123,29 +128,36 @@ class MedusaDrafter final : public Drafter {
     value_.assign(static_cast<size_t>(count), 1.0f);
     for (int node = 1; node < count; ++node) order_.push_back(node);
     if (lookup_.empty()) return;
-    MEDUSA_CHECK_ARG(static_cast<int>(values.nodes.size()) == count - 1, "medusa drafter: ",
-                     values.nodes.size(), " values given, the tree has ", count - 1,
-                     " nodes beside the root");
+    MEDUSA_CHECK_ARG(static_cast<int>(values.nodes.size()) == count - 1,
+                     "medusa drafter: ", values.nodes.size(), " values given, the tree has ",
+                     count - 1, " nodes beside the root");
     const auto is_share = [](float value) { return value >= 0.0f && value <= 1.0f; };
     bool shares = std::all_of(values.nodes.begin(), values.nodes.end(), is_share);
     for (const auto& row : lookup_) shares &= std::all_of(row.begin(), row.end(), is_share);
     MEDUSA_CHECK_ARG(shares, "medusa drafter: a value is outside [0, 1]");
     for (const int node : order_) {
-      value_[static_cast<size_t>(node)] =
-          std::min(values.nodes[static_cast<size_t>(node - 1)],
-                   value_[static_cast<size_t>(tree_.parent(node))]);
+      value_[static_cast<size_t>(node)] = std::min(values.nodes[static_cast<size_t>(node - 1)],
+                                                   value_[static_cast<size_t>(tree_.parent(node))]);
     }
     std::stable_sort(order_.begin(), order_.end(), [&](int a, int b) {
       return value_[static_cast<size_t>(a)] > value_[static_cast<size_t>(b)];
     });
   }
 
-  // What followed where the end of the text stood before, and what each token of it is worth.
-  struct Found {
+  // What followed where the end of the text stood before.
+  struct Said {
     std::span<const int32_t> tokens;
-    const float* values = nullptr;
+    const float* values = nullptr;  // of the tokens
+    int last = 0;                   // node of the token before
+
+    float value() const { return tokens.empty() ? -1.0f : *values; }
+    void add(DraftTree& tree) {
+      last = tree.add(last, tokens.front());
+      tokens = tokens.subspan(1);
+      ++values;
+    }
   };
-  Found look_up(const DraftInput& input) const {
+  Said look_up(const DraftInput& input) const {
     const Match match = latest_match(input.tokens, static_cast<int>(lookup_.size()));
     if (match.length == 0) return {};
     const std::vector<float>& values = lookup_[static_cast<size_t>(match.length - 1)];
@@ -153,6 +165,13 @@ class MedusaDrafter final : public Drafter {
     const size_t length =
         std::min({after.size(), values.size(), static_cast<size_t>(input.max_depth)});
     return {after.first(length), values.data()};
+  }
+
+  bool room(const DraftInput& input, const DraftTree& tree) const {
+    return tree.num_nodes() < std::min(input.max_nodes, tree_.num_nodes());
+  }
+  float best_value() const {
+    return order_.empty() ? 0.0f : value_[static_cast<size_t>(order_.front())];
   }
 
   // One Buffer per role, grown outside the ops; row h * B + b of each is head h of sequence b.
@@ -267,7 +286,8 @@ class MedusaDrafter final : public Drafter {
     for (int i = 0; i < width; ++i) ids[i] = ranked[static_cast<size_t>(i)].second;
   }
 
-  void fill(const DraftInput& input, int row, int batch, int depth, int width, DraftTree& tree) {
+  void fill(const DraftInput& input, Said said, int row, int batch, int depth, int width,
+            DraftTree& tree) {
     for (int level = 1; level <= depth; ++level) {
       const auto offset = static_cast<size_t>(((level - 1) * batch + row) * width);
       couple(input, level, candidates_.data() + offset, values_.data() + offset, width);
@@ -275,25 +295,16 @@ class MedusaDrafter final : public Drafter {
     std::vector<int> node_of(static_cast<size_t>(tree_.num_nodes()), -1);
     node_of[0] = 0;
     const int max_depth = std::min(input.max_depth, depth);
-    const int max_nodes = std::min(input.max_nodes, tree_.num_nodes());
-    const Found found = look_up(input);
-    size_t at = 0, known = 0;
-    int last = 0;  // node of the text's own guess before
-    while (tree.num_nodes() < max_nodes && (at < order_.size() || known < found.tokens.size())) {
-      const int i = at < order_.size() ? order_[at] : 0;
-      if (known < found.tokens.size() &&
-          (i == 0 || found.values[known] > value_[static_cast<size_t>(i)])) {
-        last = tree.add(last, found.tokens[known++]);
-        continue;
-      }
-      ++at;
+    for (const int i : order_) {
+      while (room(input, tree) && said.value() > value_[static_cast<size_t>(i)]) said.add(tree);
+      if (!room(input, tree)) return;
       const int level = tree_.node_depth(i);
       const int parent = node_of[static_cast<size_t>(tree_.parent(i))];
       if (level > max_depth || parent < 0) continue;
-      const auto place =
-          static_cast<size_t>(((level - 1) * batch + row) * width + tree_.rank(i));
-      node_of[static_cast<size_t>(i)] = tree.add(parent, candidates_[place]);
+      const auto at = static_cast<size_t>(((level - 1) * batch + row) * width + tree_.rank(i));
+      node_of[static_cast<size_t>(i)] = tree.add(parent, candidates_[at]);
     }
+    while (room(input, tree) && !said.tokens.empty()) said.add(tree);
   }
 
   std::shared_ptr<const Model> model_;

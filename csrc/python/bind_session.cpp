@@ -181,8 +181,8 @@ void bind_trees_and_drafters(py::module_& m) {
                          " and up to ", max_ngram, " equal ones were asked for");
         std::vector<std::pair<int, int>> found;
         for (int length = start; length < stop; ++length) {
-          const Match match = latest_match(std::span(tokens).first(static_cast<size_t>(length)),
-                                           max_ngram);
+          const Match match =
+              latest_match(std::span(tokens).first(static_cast<size_t>(length)), max_ngram);
           found.emplace_back(match.length, match.next);
         }
         return found;
