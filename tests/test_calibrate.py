@@ -33,7 +33,7 @@ from medusa_ext.calibration.ranks import BEYOND, Ranks, collect, walk
 from medusa_ext.calibration.report import print_report
 from medusa_ext.calibration.run import Request, _Measured, _Work, calibrate
 from medusa_ext.calibration.texts import Text
-from medusa_ext.calibration.tree_search import best_paths
+from medusa_ext.calibration.tree_search import best_paths, value_lookup
 from medusa_ext.loading import Stored, export, load_model, open_checkpoint
 from medusa_ext.loading.exporting import CALIBRATION_FILE as FILE_NAME
 from medusa_ext.trees import named_tree
@@ -107,7 +107,7 @@ def test_predicted_steps_with_lookup_are_the_engines_own(pair, dtype):
         answers = [result.token_ids for result in engine.generate(prompts, **options)]
     loaded = load_model(model, heads, dtype=dtype, backend=_core.Backend(threads=1))
     ranks = ranks_of(loaded.model, [text(*both) for both in zip(prompts, answers, strict=True)])
-    table = lookup.shares(ranks.looked_up)
+    table = lookup.shares(ranks.looked_up, np.ones(len(ranks.ranks)))
     better = 0
     for nodes in (2, 3, 5, 16, 64):
         paths, values = best_paths(ranks, nodes - 1)
@@ -230,7 +230,8 @@ def test_file_holds_what_the_data_say(calibrated, pair, answered):
         with_lookup = walk(held, tree, Worth(content["values"], content["lookup"]))
         steps = row["with_lookup"]["tokens_per_step"]
         assert steps == pytest.approx(with_lookup.tokens_per_step, rel=1e-5)
-    np.testing.assert_allclose(content["lookup"], lookup.shares(chosen.looked_up), rtol=1e-5)
+    worth = value_lookup(chosen, content["tree"], content["values"], [4, 16])
+    np.testing.assert_allclose(content["lookup"], worth.lookup, rtol=1e-4)
     assert [row["nodes"] for row in content["predicted"]] == [1, 4, 16]
     assert content["predicted"][2]["tokens_per_step"] > 1.2
     math = content["by_category"]["math"]
@@ -308,7 +309,9 @@ def test_the_nearest_number_of_threads(calibrated, tmp_path):
     found = read_calibration(heads / FILE_NAME, config)
     asked = {1: 1, 2: 2, 3: 2, 4: 2, 6: 8, 8: 8, 16: 8}
     stored = Stored("auto", "f32", {}, "f32")
-    assert {threads: found.nodes_for("cpu", stored, threads) - 2 for threads in asked} == asked
+    assert {
+        threads: found.nodes_for("cpu", stored, threads, with_lookup=False) - 2 for threads in asked
+    } == asked
 
 
 def test_the_same_weights_are_nearer_than_the_same_threads(calibrated, tmp_path):
@@ -328,7 +331,9 @@ def test_the_same_weights_are_nearer_than_the_same_threads(calibrated, tmp_path)
         ("bf16", "bf16", 5),
         ("q4_1", "bf16", 5),
     ]:
-        assert found.nodes_for("cpu", Stored("auto", dtype, {}, text), 1) == nodes
+        assert (
+            found.nodes_for("cpu", Stored("auto", dtype, {}, text), 1, with_lookup=False) == nodes
+        )
 
 
 def test_exported_files_carry_it(calibrated, tmp_path):

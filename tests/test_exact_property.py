@@ -125,6 +125,10 @@ def check_random_case(backend: _core.Backend, shape: Shape, case: int) -> None:
     TALLY.add(backend, session, outcomes)
     met = TALLY.of(backend)
     met[f"drafter {kind}"] += 1
+    if kind == "heads and lookup":  # no path of the heads emits so many tokens
+        met["lookup beyond the heads"] += sum(
+            sum(outcome.stats.accepted_lengths[shape.heads + 2 :]) for outcome in outcomes
+        )
     met.update(scripted.met if scripted else {})
     met["ends exactly at max_context"] += sum(
         len(job.prompt) + len(outcome.tokens) == max_context
@@ -198,6 +202,8 @@ def test_the_cases_met_what_they_are_for(
         "finish cancelled": 5,
         "drafter scripted": 20,
         "drafter heads": 10,
+        "drafter heads and lookup": 5,
+        "lookup beyond the heads": 10,
         "drafter named tree": 5,
         "drafter lookup": 5,
         "drafter plain": 5,

@@ -29,7 +29,7 @@ def make_ranks(answers: list[np.ndarray], num_ranks: int, categories=None) -> Ra
 
 def nothing_looked_up(ranks: np.ndarray) -> LookedUp:
     none = np.zeros(len(ranks), np.int8)
-    return LookedUp(none, none, none, none, np.full(ranks.shape, -1, np.int16))
+    return LookedUp(none, none, none, np.full(ranks.shape, -1, np.int16))
 
 
 def random_ranks(seed: int, *, rows: int, heads: int, num_ranks: int, answers: int = 1) -> Ranks:

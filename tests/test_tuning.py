@@ -78,6 +78,21 @@ def test_the_choice_is_the_best_rate(seconds: Callable[[int], float]) -> None:
     assert all(rate < rates[best] for count, rate in rates.items() if count < best)
 
 
+def test_what_lookup_adds_lies_on_straight_lines() -> None:
+    rows = [
+        {
+            "nodes": nodes,
+            "tokens_per_later_step": alone,
+            "with_lookup": {"tokens_per_later_step": both},
+        }
+        for nodes, alone, both in [(1, 1.0, 1.0), (3, 1.4, 1.8), (4, 1.5, 1.7)]
+    ]
+    found = Calibration([], [], {"values": [0.5, 0.25, 0.125, 0.0625], "predicted": rows})
+    assert tuning.tokens_per_step(found) == [1, 1.5, 1.75, 1.875, 1.9375]
+    wanted = [1, 1.5 + 0.2, 1.75 + 0.4, 1.875 + 0.2, 1.9375 + 0.2]
+    assert tuning.tokens_per_step(found, with_lookup=True) == pytest.approx(wanted)
+
+
 def test_the_choice_at_the_ends() -> None:
     tokens = [1.0, 1.5, 1.7]
     assert choose(tokens, {1: 1.0, 2: 2.0}) == 1  # guessing costs more than it brings

@@ -125,7 +125,7 @@ class MedusaDrafter final : public Drafter {
   // takes no part, since then the order matters only to a step without room for all.
   void order_nodes(const GuessValues& values) {
     const int count = tree_.num_nodes();
-    value_.assign(static_cast<size_t>(count), 1.0f);
+    node_value_.assign(static_cast<size_t>(count), 1.0f);
     for (int node = 1; node < count; ++node) order_.push_back(node);
     if (lookup_.empty()) return;
     MEDUSA_CHECK_ARG(static_cast<int>(values.nodes.size()) == count - 1,
@@ -136,42 +136,46 @@ class MedusaDrafter final : public Drafter {
     for (const auto& row : lookup_) shares &= std::all_of(row.begin(), row.end(), is_share);
     MEDUSA_CHECK_ARG(shares, "medusa drafter: a value is outside [0, 1]");
     for (const int node : order_) {
-      value_[static_cast<size_t>(node)] = std::min(values.nodes[static_cast<size_t>(node - 1)],
-                                                   value_[static_cast<size_t>(tree_.parent(node))]);
+      node_value_[static_cast<size_t>(node)] =
+          std::min(values.nodes[static_cast<size_t>(node - 1)],
+                   node_value_[static_cast<size_t>(tree_.parent(node))]);
     }
     std::stable_sort(order_.begin(), order_.end(), [&](int a, int b) {
-      return value_[static_cast<size_t>(a)] > value_[static_cast<size_t>(b)];
+      return node_value_[static_cast<size_t>(a)] > node_value_[static_cast<size_t>(b)];
     });
   }
 
-  // What followed where the end of the text stood before.
+  // What followed where the end of the text stood before. At the text's end it goes on with itself:
+  // a text that repeats p tokens is guessed further than p.
   struct Said {
-    std::span<const int32_t> tokens;
-    const float* values = nullptr;  // of the tokens
-    int last = 0;                   // node of the token before
+    std::span<const int32_t> tokens;  // from the match to the text's end
+    const float* values = nullptr;    // of the guesses that are left
+    size_t left = 0, used = 0;
+    int last = 0;  // node of the guess before
 
-    float value() const { return tokens.empty() ? -1.0f : *values; }
+    float value() const { return left == 0 ? -1.0f : *values; }
     void add(DraftTree& tree) {
-      last = tree.add(last, tokens.front());
-      tokens = tokens.subspan(1);
+      last = tree.add(last, tokens[used++ % tokens.size()]);
+      --left;
       ++values;
     }
   };
   Said look_up(const DraftInput& input) const {
+    // Typical acceptance takes what is likely enough: a copied run would win too often.
+    const SamplingParams& sampling = *input.sampling;
+    if (sampling.temperature > 0.0f && sampling.acceptance == Acceptance::typical) return {};
     const Match match = latest_match(input.tokens, static_cast<int>(lookup_.size()));
     if (match.length == 0) return {};
     const std::vector<float>& values = lookup_[static_cast<size_t>(match.length - 1)];
-    const std::span<const int32_t> after = input.tokens.subspan(static_cast<size_t>(match.next));
-    const size_t length =
-        std::min({after.size(), values.size(), static_cast<size_t>(input.max_depth)});
-    return {after.first(length), values.data()};
+    return {input.tokens.subspan(static_cast<size_t>(match.next)), values.data(),
+            std::min(values.size(), static_cast<size_t>(input.max_depth))};
   }
 
   bool room(const DraftInput& input, const DraftTree& tree) const {
     return tree.num_nodes() < std::min(input.max_nodes, tree_.num_nodes());
   }
   float best_value() const {
-    return order_.empty() ? 0.0f : value_[static_cast<size_t>(order_.front())];
+    return order_.empty() ? 0.0f : node_value_[static_cast<size_t>(order_.front())];
   }
 
   // One Buffer per role, grown outside the ops; row h * B + b of each is head h of sequence b.
@@ -296,7 +300,8 @@ class MedusaDrafter final : public Drafter {
     node_of[0] = 0;
     const int max_depth = std::min(input.max_depth, depth);
     for (const int i : order_) {
-      while (room(input, tree) && said.value() > value_[static_cast<size_t>(i)]) said.add(tree);
+      while (room(input, tree) && said.value() > node_value_[static_cast<size_t>(i)])
+        said.add(tree);
       if (!room(input, tree)) return;
       const int level = tree_.node_depth(i);
       const int parent = node_of[static_cast<size_t>(tree_.parent(i))];
@@ -304,14 +309,14 @@ class MedusaDrafter final : public Drafter {
       const auto at = static_cast<size_t>(((level - 1) * batch + row) * width + tree_.rank(i));
       node_of[static_cast<size_t>(i)] = tree.add(parent, candidates_[at]);
     }
-    while (room(input, tree) && !said.tokens.empty()) said.add(tree);
+    while (room(input, tree) && said.left > 0) said.add(tree);
   }
 
   std::shared_ptr<const Model> model_;
   TreeSpec tree_;
   Backend& ops_;
   std::vector<std::vector<float>> lookup_;  // GuessValues::lookup
-  std::vector<float> value_;                // by node
+  std::vector<float> node_value_;           // by node
   std::vector<int> order_;                  // nodes but the root, as they are tried
   int head_vocab_ = 0, num_ranks_ = 0;
   std::mutex mutex_;  // two sessions may hold one drafter by mistake; they shall only be slow

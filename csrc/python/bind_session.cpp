@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "medusa/drafter.h"
-#include "medusa/error.h"
 #include "medusa/lookup.h"
 #include "medusa/session.h"
 #include "medusa/tree.h"
@@ -175,14 +174,8 @@ void bind_trees_and_drafters(py::module_& m) {
   m.def(
       "latest_matches",
       [](const std::vector<int32_t>& tokens, int start, int stop, int max_ngram) {
-        const auto size = static_cast<int>(tokens.size());
-        MEDUSA_CHECK_ARG(start >= 1 && start <= stop && stop <= size + 1 && max_ngram >= 1,
-                         "latest_matches: texts of ", start, " to ", stop - 1, " tokens of ", size,
-                         " and up to ", max_ngram, " equal ones were asked for");
         std::vector<std::pair<int, int>> found;
-        for (int length = start; length < stop; ++length) {
-          const Match match =
-              latest_match(std::span(tokens).first(static_cast<size_t>(length)), max_ngram);
+        for (const Match& match : latest_matches(tokens, start, stop, max_ngram)) {
           found.emplace_back(match.length, match.next);
         }
         return found;

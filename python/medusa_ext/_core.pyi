@@ -186,6 +186,10 @@ def medusa_drafter(
             through each, in [0, 1]. Read with `lookup` alone.
         lookup: [m - 1][d - 1] how often the d-th token is right that followed the place where the
             text's last m tokens stood before. Such guesses take the place of nodes worth less.
+
+    Raises:
+        ValueError: the model has no heads, the tree does not fit them, or with `lookup` the values
+            are too few or many, or a value lies outside [0, 1].
     """
 
 def latest_matches(
@@ -202,6 +206,9 @@ def latest_matches(
     Returns:
         For each text the number of equal tokens, 0 where there are none, and the index of the token
         that followed them.
+
+    Raises:
+        ValueError: there are no such texts, or max_ngram is below 1.
     """
 
 def prompt_lookup_drafter(

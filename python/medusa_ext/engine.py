@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 
 from medusa_ext import _core
 from medusa_ext.answers import Answer, Batch, Stream, Submission, complete
-from medusa_ext.calibration.file import Calibration, auto_tree, find_calibration
+from medusa_ext.calibration.file import (
+    Calibration,
+    auto_tree,
+    check_lookup,
+    find_calibration,
+    takes_lookup,
+)
 from medusa_ext.chat import Chat
 from medusa_ext.detokenize import DetokenizerFactory, Transformers
 from medusa_ext.device import check_model, kind_of, open_device
@@ -30,7 +36,7 @@ from medusa_ext.options import Options, integer, parse_options, shown
 from medusa_ext.prompts import PromptEncoder
 from medusa_ext.pump import Pump
 from medusa_ext.text_builder import TextBuilder
-from medusa_ext.trees import MAX_RANKS, Tree, is_auto, node_count, resolve_tree, tree_for
+from medusa_ext.trees import MAX_RANKS, Tree, is_auto, resolve_tree, tree_for
 from medusa_ext.tuning import best_nodes
 
 if TYPE_CHECKING:
@@ -96,7 +102,8 @@ class Engine:
             lookup: whether what followed the same tokens earlier in the text takes the place of
                 guesses from Medusa heads that are worth less. It takes a calibrated tree ("auto" or
                 a number of nodes). None: where that is so, on a CPU; on a GPU guesses then come
-                from the host.
+                from the host. Typical acceptance goes without. Not heads="prompt-lookup", which
+                guesses where there are no heads.
             isa: instruction set of the CPU's kernels, "" for the best: "generic", "avx2" or
                 "avx512".
             drafter: your own `medusa_ext.Drafter`, instead of heads.
@@ -113,6 +120,7 @@ class Engine:
         check_types(weights, dtype)
         limits = Limits(max_batch, max_context, cache_tokens, prefill_chunk)
         check_head_vocab(head_vocab)
+        check_lookup(lookup, tree)
         if drafter is not None:
             if not isinstance(drafter, _core.Drafter):
                 raise ValueError(f"drafter must be a medusa_ext.Drafter, got {shown(drafter)}")
@@ -131,9 +139,9 @@ class Engine:
         stored = checkpoint.stored(weights, dtype, kind)
         check_model(checkpoint.config, stored.dtype, kind)
         found = find_calibration(checkpoint)
-        auto = auto_tree(found, kind, stored, backend.threads)
+        self._lookup = takes_lookup(lookup, tree, found, kind)
+        auto = auto_tree(found, kind, stored, backend.threads, with_lookup=self._lookup)
         self._tree = tree_for(checkpoint.config, tree, *auto)
-        self._lookup = _takes_lookup(lookup, tree, found, kind)
         if self._tree is not None and self._tree.depth > backend.max_tree_depth:
             raise ValueError(
                 f"the tree has depth {self._tree.depth}; {backend.name} computes trees of depth "
@@ -313,7 +321,10 @@ class Engine:
 
     @property
     def tree(self) -> list[list[int]] | None:
-        """Paths of the tree of guesses; None where the drafter makes its own or there is none."""
+        """Paths of the tree of guesses; None where the drafter makes its own or there is none.
+
+        With lookup the text's own guesses take the place of some of its nodes.
+        """
         return None if self._tree is None else self._tree.paths()
 
     @property
@@ -437,22 +448,3 @@ class Engine:
             f" dtype={self._model.dtype!r}, max_context={self._session.max_context},"
             f" backend={self._model.backend.detail!r})"
         )
-
-
-def _takes_lookup(asked: bool | None, tree: Tree, found: Calibration | None, kind: str) -> bool:
-    """Whether the text so far takes part beside Medusa heads; ValueError where it cannot."""
-    if not (asked is None or isinstance(asked, bool)):
-        raise ValueError(f"lookup must be True, False or None, got {shown(asked)}")
-    ours = is_auto(tree) or node_count(tree) is not None
-    can = found is not None and found.knows_lookup and ours
-    if asked and not can:
-        reason = (
-            f"the tree {shown(tree)} is your own"
-            if not ours
-            else "there is no calibration that says what it is worth"
-        )
-        raise ValueError(
-            f"lookup is True, but {reason}; it takes heads that `medusa-ext calibrate` has seen, "
-            'and tree="auto" or a number of nodes'
-        )
-    return can and (kind == "cpu" if asked is None else asked)

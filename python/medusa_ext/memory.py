@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from medusa_ext import _core
-from medusa_ext.calibration.file import auto_tree, find_calibration
+from medusa_ext.calibration.file import auto_tree, find_calibration, takes_lookup
 from medusa_ext.device import check_model, kind_of, open_device
 from medusa_ext.loading import Checkpoint, Stored, weight_bytes
 from medusa_ext.loading.files import FLOAT_BYTES
@@ -314,7 +314,9 @@ def forecast(
     stored = checkpoint.stored(weights, dtype, kind)
     check_model(checkpoint.config, stored.dtype, kind)
     threads = 0 if backend is None else backend.threads
-    auto = auto_tree(find_calibration(checkpoint), kind, stored, threads)
+    found = find_calibration(checkpoint)
+    with_lookup = takes_lookup(None, tree, found, kind)
+    auto = auto_tree(found, kind, stored, threads, with_lookup=with_lookup)
     spec = tree_for(checkpoint.config, tree, *auto)
     drafter = _core.prompt_lookup_drafter() if guesses else None
     sizes = Sizes(

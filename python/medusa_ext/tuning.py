@@ -79,7 +79,7 @@ def best_nodes(
     if not counts:
         return None
     folder = cache_folder()
-    key = key_of(model, found.tree, counts[-1])
+    key = key_of(model, found.tree, counts[-1]) | {"lookup": with_lookup}
     tokens = tokens_per_step(found, with_lookup=with_lookup)
     times = None if folder is None else read_times(folder, key)
     if times is None:
@@ -95,16 +95,17 @@ def best_nodes(
 def tokens_per_step(found: Calibration, *, with_lookup: bool = False) -> list[float]:
     """Return how many tokens a step emits with the first 1, 2, ... nodes of a calibrated tree.
 
-    With lookup: as predicted, and a straight line between two numbers that were.
+    What lookup adds is known of some numbers of nodes, and between these a straight line is taken.
     """
-    tokens: list[float] = [1.0, *(1.0 + np.cumsum(found.content["values"])).tolist()]
-    if not with_lookup:
-        return tokens
-    known = predictions(found.content, with_lookup=True)
-    at = {1: 1.0} | {nodes: known[nodes]["tokens_per_later_step"] for nodes in sorted(known)}
-    counts = np.arange(1, len(tokens) + 1)
-    between: list[float] = np.interp(counts, list(at), list(at.values())).tolist()
-    return between
+    tokens = 1.0 + np.cumsum([0.0, *found.content["values"]])
+    if with_lookup:
+        alone = predictions(found.content, with_lookup=False)
+        both = predictions(found.content, with_lookup=True)
+        key = "tokens_per_later_step"
+        gains = {1: 0.0} | {nodes: both[nodes][key] - alone[nodes][key] for nodes in sorted(both)}
+        tokens += np.interp(np.arange(1, len(tokens) + 1), list(gains), list(gains.values()))
+    result: list[float] = tokens.tolist()
+    return result
 
 
 def choose(tokens: Sequence[float], times: Times) -> int:

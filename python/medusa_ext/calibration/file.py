@@ -29,15 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from medusa_ext import _core
+from medusa_ext.calibration.lookup import NGRAM
 from medusa_ext.device import AUTO_NODES
 from medusa_ext.loading import Checkpoint, LoadError, Stored
 from medusa_ext.loading.exporting import CALIBRATION_FILE, CALIBRATION_KEY
-from medusa_ext.trees import MAX_NODES, Paths, resolve_tree
+from medusa_ext.options import shown
+from medusa_ext.trees import MAX_NODES, Paths, Tree, is_chosen, resolve_tree
 
 _MAX_BYTES = 16 << 20
 _REPAIR = "make it again with `medusa-ext calibrate`, or remove it"
 
-_SAME_DEVICE = ("device", "detail", "weights", "dtype", "threads")  # of step_times, and of check
+# Of step_times, and of check.
+_SAME_DEVICE = ("device", "detail", "weights", "dtype", "threads", "lookup")
 
 # What each key must hold: a type, [of all], or {key: of its value}, ... standing for any key;
 # (of it,) may also be null or absent.
@@ -50,11 +53,8 @@ _SHAPE = {
     **_SHARES,
     "tree": list,
     "values": [float],
-    "lookup": ([[float]],),
-    "predicted": [{"nodes": int, **_STEPS, "with_lookup": (_STEPS,)}],
-    "by_category": {
-        ...: {**_SHARES, "tokens_per_step": {...: float}, "with_lookup": ({...: float},)}
-    },
+    "predicted": [{"nodes": int, **_STEPS}],
+    "by_category": {...: {**_SHARES, "tokens_per_step": {...: float}}},
     "step_times": [
         {
             "device": str,
@@ -67,9 +67,13 @@ _SHAPE = {
         }
     ],
 }
+_LOOKUP = {
+    "lookup": [[float]],
+    "predicted": [{"with_lookup": _STEPS}],
+    "by_category": {...: {"with_lookup": {...: float}}},
+}
 _CHECK = {
     "device": {...: object},
-    "lookup": (bool,),
     "prompts": int,
     "all": [{"nodes": int, "predicted": float, "measured": float, "measured_tokens_per_s": float}],
     "by_category": {...: {...: {"measured": float}}},
@@ -107,13 +111,12 @@ class Calibration:
         """
         if not with_lookup:
             return _core.medusa_drafter(model, tree)
-        known = zip(map(tuple, self.tree), self.content["values"], strict=True)
-        values = dict(known)
+        values = dict(zip(map(tuple, self.tree), self.content["values"], strict=True))
         return _core.medusa_drafter(
             model, tree, [values[tuple(path)] for path in tree.paths()], self.content["lookup"]
         )
 
-    def nodes_for(self, device: str, stored: Stored, threads: int) -> int:
+    def nodes_for(self, device: str, stored: Stored, threads: int, *, with_lookup: bool) -> int:
         """Return the number of nodes that was best on the device most like this one."""
         rows = [row for row in self.step_times if row["device"] == device]
         if not rows:
@@ -121,6 +124,7 @@ class Calibration:
         like = max(  # the last of several that are equally like
             enumerate(rows),
             key=lambda at: (
+                bool(at[1].get("lookup")) == with_lookup,
                 weights_of(at[1]) == stored.text,
                 at[1]["dtype"] == stored.dtype,
                 -abs(at[1]["threads"] - threads),
@@ -147,8 +151,40 @@ def find_calibration(checkpoint: Checkpoint) -> Calibration | None:
     return None
 
 
+def check_lookup(asked: object, tree: Tree) -> None:
+    """Refuse, with ValueError, what no file could make right."""
+    if not (asked is None or isinstance(asked, bool)):
+        raise ValueError(f"lookup must be True, False or None, got {shown(asked)}")
+    if asked and not is_chosen(tree):
+        raise ValueError(
+            f"lookup is True, but the tree {shown(tree)} is your own, and what its nodes are worth "
+            'is not known; give tree="auto" or a number of nodes'
+        )
+
+
+def takes_lookup(asked: bool | None, tree: Tree, found: Calibration | None, device: str) -> bool:
+    """Whether the text so far takes part beside Medusa heads.
+
+    Args:
+        asked: what the user wants; None: what is best.
+        tree: as for `Engine`.
+        found: the calibration of the heads.
+        device: "cpu" or "cuda", where guesses would have to come from the host.
+
+    Raises:
+        ValueError: it is wanted, and nothing is known of it.
+    """
+    known = found is not None and found.knows_lookup
+    if asked and not known:
+        raise ValueError(
+            "lookup is True, but no calibration says what it is worth beside these heads; run "
+            "`medusa-ext calibrate`, or leave lookup out"
+        )
+    return known and is_chosen(tree) and (device == "cpu" if asked is None else asked)
+
+
 def auto_tree(
-    found: Calibration | None, device: str, stored: Stored, threads: int
+    found: Calibration | None, device: str, stored: Stored, threads: int, *, with_lookup: bool
 ) -> tuple[int, Paths | None]:
     """The nodes of the tree to use, the root counted, and its paths, the most valuable first.
 
@@ -157,10 +193,11 @@ def auto_tree(
         device: "cpu" or "cuda".
         stored: types of weights and cache.
         threads: of the CPU.
+        with_lookup: whether the text so far takes part.
     """
     if found is None:
         return AUTO_NODES[device], None
-    return found.nodes_for(device, stored, threads), found.tree
+    return found.nodes_for(device, stored, threads, with_lookup=with_lookup), found.tree
 
 
 def read_calibration(path: Path, config: Mapping[str, Any]) -> Calibration:
@@ -187,8 +224,7 @@ def read_calibration(path: Path, config: Mapping[str, Any]) -> Calibration:
 def predictions(content: Mapping[str, Any], *, with_lookup: bool) -> dict[int, dict[str, Any]]:
     """What a calibration's content predicts, by number of nodes."""
     return {
-        row["nodes"]: (row.get("with_lookup") if with_lookup else None) or row
-        for row in content["predicted"]
+        row["nodes"]: row["with_lookup"] if with_lookup else row for row in content["predicted"]
     }
 
 
@@ -199,7 +235,8 @@ def weights_of(row: Mapping[str, Any]) -> str:
 
 def device_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a row of step_times that names what was measured."""
-    return {**{name: row.get(name) for name in _SAME_DEVICE}, "weights": weights_of(row)}
+    known = {name: row.get(name) for name in _SAME_DEVICE}
+    return known | {"weights": weights_of(row), "lookup": bool(row.get("lookup"))}
 
 
 def check_here(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +303,12 @@ def _checked(content: object, config: Mapping[str, Any]) -> Calibration:
     for row in (*content["predicted"], *rows):
         if not 1 <= row["nodes"] <= MAX_NODES:
             raise ValueError(f"nodes is {row['nodes']}; wanted 1 to {MAX_NODES}")
-    shares = [*content["values"], *(share for row in content.get("lookup") or () for share in row)]
+    shares = list(content["values"])
+    if "lookup" in content:
+        _match(content, _LOOKUP)
+        if not 1 <= len(content["lookup"]) <= NGRAM:
+            raise ValueError(f"lookup has {len(content['lookup'])} rows; wanted 1 to {NGRAM}")
+        shares += [share for row in content["lookup"] for share in row]
     if not all(0 <= share <= 1 for share in shares):
         raise ValueError("values and lookup must lie in [0, 1]")
     if len(content["values"]) != len(tree):
@@ -287,7 +329,7 @@ def _match(value: Any, shape: Any, where: str = "") -> None:  # noqa: ANN401 - J
     if kind is float:
         fits = type(value) in (int, float) and abs(value) < 1e18  # NaN is not
     else:
-        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        fits = isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
     if not fits:
         raise ValueError(f"{where} is missing or of the wrong type")
     if kind is list and shape is not list:

@@ -1,9 +1,9 @@
 """What the text so far guesses beside Medusa heads: how often it is right, which nodes it takes.
 
 Where the last tokens of a text stood before, what followed them there is a guess at what follows
-now. The drafter puts it in the place of nodes of the tree that are worth less, so that their number
-stays; `kept` does the same on ranks alone. Source of the idea: A. Saxena, Prompt Lookup Decoding,
-2023.
+now; at the text's end it goes on with itself, so that a loop is guessed to any length. The drafter
+puts it in the place of nodes of the tree that are worth less, so that their number stays; `kept`
+does the same on ranks alone. Source of the idea: A. Saxena, Prompt Lookup Decoding, 2023.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ NGRAM = 8  # equal tokens that are told apart; more count as so many
 AHEAD = 16  # tokens that are guessed at most
 _STRENGTH = 8.0  # rare lengths: so many places' worth of what one token less says are mixed in
 
-Floats = NDArray[np.float64]
 Bytes = NDArray[np.int8]
 
 
@@ -32,22 +31,18 @@ class LookedUp:
     Attributes:
         length: [P] equal tokens, 0 where there are none.
         room: [P] guesses in a row that the answer has room for.
-        known: [P] tokens that followed, no more than there is room for.
-        right: [P] of them up to the first wrong one.
+        right: [P] how many of the guesses are, up to the first wrong one.
         place: [P, K] their ranks among each head's candidates; -1: not among them.
     """
 
     length: Bytes
     room: Bytes
-    known: Bytes
     right: Bytes
     place: NDArray[np.int16]
 
     def choose(self, rows: NDArray[np.intp]) -> LookedUp:
         """Return some rows only."""
-        return LookedUp(
-            self.length[rows], self.room[rows], self.known[rows], self.right[rows], self.place[rows]
-        )
+        return LookedUp(self.length[rows], self.room[rows], self.right[rows], self.place[rows])
 
 
 @dataclass(frozen=True)
@@ -86,6 +81,10 @@ def look_up(tokens: list[int], start: int, end: int, ids: NDArray[np.int32]) -> 
         start: of the answer in it.
         end: of the answer, not included.
         ids: candidates [K, end - start - 1, num_ranks].
+
+    Returns:
+        A row for each, as if the answer ended for want of room: one that ended by itself may have
+        had room for more.
     """
     num_heads, num_rows, _ = ids.shape
     found = _core.latest_matches(tokens, start + 1, max(end, start + 1), NGRAM)
@@ -93,8 +92,8 @@ def look_up(tokens: list[int], start: int, end: int, ids: NDArray[np.int32]) -> 
     guess = np.full((num_rows, AHEAD), -1, np.int64)
     for row, (length, at) in enumerate(found):
         if length:
-            said = tokens[at : min(start + row + 1, at + int(room[row]))]
-            guess[row, : len(said)] = said
+            said = tokens[at : start + row + 1]
+            guess[row, : room[row]] = np.resize(said, room[row])
     truth = np.full((num_rows, AHEAD), -2, np.int64)
     for row in range(num_rows):
         follows = tokens[start + row + 1 : min(end, start + row + 1 + AHEAD)]
@@ -106,7 +105,6 @@ def look_up(tokens: list[int], start: int, end: int, ids: NDArray[np.int32]) -> 
     return LookedUp(
         np.array([length for length, _ in found], np.int8).reshape(num_rows),
         room.astype(np.int8),
-        (guess >= 0).sum(axis=1).astype(np.int8),
         np.cumprod(guess == truth, axis=1).sum(axis=1).astype(np.int8),
         place,
     )
@@ -118,14 +116,17 @@ def joined(parts: Sequence[LookedUp], num_heads: int) -> LookedUp:
     return LookedUp(
         np.concatenate([none, *(part.length for part in parts)]),
         np.concatenate([none, *(part.room for part in parts)]),
-        np.concatenate([none, *(part.known for part in parts)]),
         np.concatenate([none, *(part.right for part in parts)]),
         np.concatenate([np.empty((0, num_heads), np.int16), *(part.place for part in parts)]),
     )
 
 
-def shares(looked_up: LookedUp) -> list[list[float]]:
+def shares(looked_up: LookedUp, weights: NDArray[np.float64]) -> list[list[float]]:
     """How often the d-th token that followed the last m tokens is right, and all before it.
+
+    Args:
+        looked_up: the places.
+        weights: [P] of them, how often a step begins there.
 
     Returns:
         [NGRAM][AHEAD]. Of the places where the answer has room for so many.
@@ -135,8 +136,8 @@ def shares(looked_up: LookedUp) -> list[list[float]]:
     ahead = np.arange(1, AHEAD + 1)
     for length in range(1, NGRAM + 1):
         rows = looked_up.length == length
-        counts = (looked_up.room[rows, None] >= ahead).sum(axis=0)
-        hits = (looked_up.right[rows, None] >= ahead).sum(axis=0)
+        counts = weights[rows] @ (looked_up.room[rows, None] >= ahead)
+        hits = weights[rows] @ (looked_up.right[rows, None] >= ahead)
         strength = _STRENGTH if length > 1 else 0.0
         total = counts + strength
         before = np.divide(hits + strength * before, total, out=np.zeros(AHEAD), where=total > 0)
@@ -153,6 +154,9 @@ def kept(looked_up: LookedUp, paths: Paths, child: NDArray[np.intp], worth: Wort
         paths: of the static tree, parents first.
         child: [nodes, ranks] of the static tree, -1 where there is none.
         worth: of the paths, and of what was looked up.
+
+    Returns:
+        The trees, one for all places that differ in nothing that matters.
     """
     num_heads = looked_up.place.shape[1]
     same = np.full(looked_up.place.shape, -1, np.intp)  # the static node of each token looked up
@@ -173,12 +177,12 @@ def kept(looked_up: LookedUp, paths: Paths, child: NDArray[np.intp], worth: Wort
     lookup = [np.asarray(row, np.float32).tolist() for row in worth.lookup]
     # Places differ by few things only: trees are filled once for each kind.
     levels = np.minimum(looked_up.room, num_heads)
-    key = np.column_stack((looked_up.length, looked_up.known, levels, same))
+    key = np.column_stack((looked_up.length, looked_up.room, levels, same))
     kinds, kind = np.unique(key, axis=0, return_inverse=True)
     nodes = np.zeros((len(kinds), len(paths) + 1), bool)
     told = np.zeros(len(kinds), np.intp)
-    for index, (length, known, level, *doubles) in enumerate(kinds.tolist()):
-        said = lookup[length - 1][:known] if length else []
+    for index, (length, room, level, *doubles) in enumerate(kinds.tolist()):
+        said = lookup[length - 1][:room] if length else []
         told[index] = _fill(nodes[index], static, level, said, doubles)
     kind = kind.reshape(-1)
     return Kept(kind, nodes, np.minimum(looked_up.right, told[kind]))

@@ -167,7 +167,10 @@ def accepted(ranks: Ranks, paths: Paths, worth: Worth | None = None) -> NDArray[
 
 
 def walk(ranks: Ranks, paths: Paths, worth: Worth | None = None) -> Walk:
-    """Decode the answers again with a tree, on ranks alone: exactly the steps of an engine."""
+    """Decode the answers again with a tree, on ranks alone: exactly the steps of an engine.
+
+    With `worth` exactly where answers end for want of room, see `lookup.look_up`.
+    """
     stride = (accepted(ranks, paths, worth) + 1).tolist()
     visited = np.zeros(len(stride), bool)
     steps: list[int] = []  # of each answer

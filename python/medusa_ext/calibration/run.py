@@ -17,11 +17,11 @@ from medusa_ext.calibration.file import (
     read_calibration,
     write_calibration,
 )
-from medusa_ext.calibration.lookup import Worth, shares
+from medusa_ext.calibration.lookup import Worth
 from medusa_ext.calibration.ranks import Ranks, collect, walk
 from medusa_ext.calibration.step_times import PREFILL_CHUNK, Decoders, answer
 from medusa_ext.calibration.texts import Text, read_data, read_prompts
-from medusa_ext.calibration.tree_search import search
+from medusa_ext.calibration.tree_search import search, value_lookup
 from medusa_ext.device import check_model, kind_of, open_device
 from medusa_ext.distill.prompts import Prompt
 from medusa_ext.loading import (
@@ -119,6 +119,11 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
         )
     elif path.is_file():
         content = read_calibration(path, config).content
+        if request.lookup and "lookup" not in content:
+            raise LoadError(
+                f"{path} does not say what lookup is worth; make it again with --data, or leave "
+                "--lookup out"
+            )
     else:
         raise LoadError(
             f"{path} does not exist yet; give held-out text with --data, which it is made from"
@@ -153,15 +158,10 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
             "step_times": [],
         }
     nodes = [count for count in nodes if count <= len(content["tree"]) + 1]
-    calibration = Calibration(content["tree"], [], content)
-    with_lookup = kind == "cpu" if request.lookup is None else request.lookup
-    if with_lookup and not calibration.knows_lookup:
-        if request.lookup:
-            raise LoadError(
-                f"{path} does not say what lookup is worth; make it again with --data, or leave "
-                "--lookup out"
-            )
-        with_lookup = False
+    calibration = Calibration(content["tree"], content["step_times"], content)
+    with_lookup = calibration.knows_lookup and (
+        kind == "cpu" if request.lookup is None else request.lookup
+    )
     decoders = Decoders(loaded.model, calibration, nodes, context, with_lookup=with_lookup)
     row = {
         "device": kind,
@@ -299,9 +299,10 @@ class _Work:
             )
         sizes = [count for count in nodes if count > 1] or NODES[1:]
         paths, values = search(chosen, MAX_NODES - 1, sizes)
+        worth = value_lookup(chosen, paths, values, sizes)
         worth = Worth(
-            [_short(value) for value in values],
-            [[_short(share) for share in row] for row in shares(chosen.looked_up)],
+            [_short(value) for value in worth.values],
+            [[_short(share) for share in row] for row in worth.lookup],
         )
         nodes = [count for count in nodes if count <= len(paths) + 1]
         return {
@@ -390,7 +391,6 @@ class _Work:
             }
         return {
             "device": device_of(times),
-            "lookup": with_lookup,
             "prompts": len(prompts),
             "max_new_tokens": self.max_new_tokens,
             "all": [

@@ -44,7 +44,7 @@ Lookup = Annotated[
     typer.Option(
         "--lookup/--no-lookup",
         help="Let what followed the same tokens earlier in the text take the place of poor guesses"
-        " of heads; on a CPU by default.",
+        " of Medusa heads; on a CPU by default.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")]

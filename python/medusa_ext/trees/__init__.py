@@ -84,7 +84,7 @@ def resolve_tree(
     if isinstance(tree, _core.TreeSpec):
         return _fitting(tree, "the tree", num_heads, vocab_size)
     name = os.fspath(tree) if isinstance(tree, (str, os.PathLike)) else None
-    count = node_count(tree)
+    count = _node_count(tree)
     if name == "auto" or count is not None:
         max_nodes = max_nodes if count is None else count
         if best is None:
@@ -118,6 +118,11 @@ def is_auto(tree: object) -> bool:
     return isinstance(tree, str) and tree == "auto"
 
 
+def is_chosen(tree: Tree) -> bool:
+    """Whether the paths are left to us: of a calibrated tree, where there is one."""
+    return is_auto(tree) or _node_count(tree) is not None
+
+
 def tree_for(
     config: Mapping[str, Any], tree: Tree, auto_nodes: int, best: Paths | None = None
 ) -> _core.TreeSpec | None:
@@ -148,7 +153,7 @@ def tree_for(
     return None
 
 
-def node_count(tree: object) -> int | None:
+def _node_count(tree: object) -> int | None:
     """The nodes of a tree that is given by their number, as text too; None for any other tree."""
     if isinstance(tree, str) and re.fullmatch("[0-9]{1,9}", tree):
         tree = int(tree)
