@@ -140,7 +140,7 @@ def test_fewer_steps_and_the_same_tokens(calibrated) -> None:
     [
         ({"lookup": "yes"}, "lookup must be True, False or None, got 'yes'"),
         ({"lookup": True, "tree": [[0]]}, r"the tree \[\[0\]\] is your own"),
-        ({"lookup": True, "heads": None}, "no calibration says what it is worth"),
+        ({"lookup": True, "heads": None}, "beside Medusa heads; there are none"),
     ],
 )
 def test_lookup_that_cannot_be(calibrated, options, words) -> None:

@@ -139,6 +139,10 @@ class Engine:
         stored = checkpoint.stored(weights, dtype, kind)
         check_model(checkpoint.config, stored.dtype, kind)
         found = find_calibration(checkpoint)
+        if lookup and not checkpoint.config["heads"]["num_heads"]:
+            raise ValueError(
+                "lookup is True, but it takes part beside Medusa heads; there are none"
+            )
         self._lookup = takes_lookup(lookup, tree, found, kind)
         auto = auto_tree(found, kind, stored, backend.threads, with_lookup=self._lookup)
         self._tree = tree_for(checkpoint.config, tree, *auto)
