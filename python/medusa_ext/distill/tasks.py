@@ -15,14 +15,14 @@ from pathlib import Path
 from medusa_ext.distill.prompts import TASKS, Prompt, Prompts
 
 COUNT = 40_000
-_FILE = Path(__file__).with_name("tasks.json")
+TASKS_FILE = Path(__file__).with_name("tasks.json")
 _SLOT = re.compile(r"\{(\w+)\}")
-_NUMBERS = {**dict.fromkeys("abcde", (2, 30)), "small": (2, 12), "big": (40, 900)}
+NUMBERS = {**dict.fromkeys("abcde", (2, 30)), "small": (2, 12), "big": (40, 900)}
 
 
 def tasks(count: int = COUNT) -> Prompts:
     """The first `count` prompts of an endless series, no two alike; categories take turns."""
-    content = json.loads(_FILE.read_text(encoding="utf-8"))
+    content = json.loads(TASKS_FILE.read_text(encoding="utf-8"))
     templates, words = content["templates"], content["words"]
     categories = list(templates)
     items: list[Prompt] = []
@@ -46,7 +46,7 @@ def _filled(template: str, words: dict[str, list[str]], draws: Iterator[int]) ->
     def value(match: re.Match[str]) -> str:
         name = match[1]
         if name not in values:
-            low, high = _NUMBERS.get(name, (0, 0))
+            low, high = NUMBERS.get(name, (0, 0))
             values[name] = (
                 str(low + next(draws) % (high - low + 1)) if high else _one_of(words[name], draws)
             )
