@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from loading_util import VOCAB, make_model, write_json
-from medusa_ext import Engine
+from medusa_ext import Engine, _core
+from medusa_ext.calibration.ranks import Ranks, collect
+from medusa_ext.calibration.texts import Text
 from medusa_ext.cli import run
 from medusa_ext.loading.exporting import CALIBRATION_FILE as FILE_NAME
 
@@ -138,3 +140,11 @@ def warned_command(*arguments: object) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         return command(*arguments)
+
+
+def text(prompt: list[int], answer: list[int], category: str = "") -> Text:
+    return Text(prompt + answer, [(len(prompt), len(prompt) + len(answer))], category)
+
+
+def ranks_of(model: _core.Model, texts: list[Text], num_ranks: int = 64) -> Ranks:
+    return collect(model, texts, num_heads=NUM_HEADS, num_ranks=num_ranks, hidden_size=32)

@@ -20,16 +20,17 @@ from calibration_util import (
     calibrated_pair,
     command,
     make_prompts,
+    ranks_of,
+    text,
     tree_of,
     warned_command,
     with_file,
     write_lines,
 )
 from medusa_ext import Engine, _core
-from medusa_ext.calibration import lookup
 from medusa_ext.calibration.file import read_calibration
 from medusa_ext.calibration.lookup import Worth
-from medusa_ext.calibration.ranks import BEYOND, Ranks, collect, walk
+from medusa_ext.calibration.ranks import BEYOND, walk
 from medusa_ext.calibration.report import print_report
 from medusa_ext.calibration.run import Request, _Measured, _Work, calibrate
 from medusa_ext.calibration.texts import Text
@@ -52,14 +53,6 @@ def calibrated(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory) -> list[tuple[list[int], list[int]]]:
     return answered_prompts(tmp_path_factory.getbasetemp())
-
-
-def text(prompt: list[int], answer: list[int], category: str = "") -> Text:
-    return Text(prompt + answer, [(len(prompt), len(prompt) + len(answer))], category)
-
-
-def ranks_of(model: _core.Model, texts: list[Text], num_ranks: int = 64) -> Ranks:
-    return collect(model, texts, num_heads=NUM_HEADS, num_ranks=num_ranks, hidden_size=32)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -90,54 +83,6 @@ def test_predicted_steps_are_the_engines_own(pair, dtype):
         assert whole.tokens == sum(map(len, answers))
         deep += sum(sum(result.stats.accepted_lengths[3:]) for result in results)
     assert deep > 20  # steps that kept two guesses or more
-
-
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_predicted_steps_with_lookup_are_the_engines_own(pair, dtype):
-    model, heads = pair
-    prompts = make_prompts(12, seed=3)
-    options = {"max_new_tokens": NUM_TOKENS, "eos_token_id": []}
-    with Engine(model, None, threads=1, dtype=dtype) as engine:
-        # Some begin with an answer, so that it can be looked up.
-        first = [result.token_ids for result in engine.generate(prompts, **options)]
-        prompts[::2] = [
-            prompt + answer + prompt
-            for prompt, answer in zip(prompts[::2], first[::2], strict=True)
-        ]
-        answers = [result.token_ids for result in engine.generate(prompts, **options)]
-    loaded = load_model(model, heads, dtype=dtype, backend=_core.Backend(threads=1))
-    ranks = ranks_of(loaded.model, [text(*both) for both in zip(prompts, answers, strict=True)])
-    table = lookup.shares(ranks.looked_up, np.ones(len(ranks.ranks)))
-    better = 0
-    for nodes in (2, 3, 5, 16, 64):
-        paths, values = best_paths(ranks, nodes - 1)
-        tree = _core.TreeSpec.from_paths(paths)
-        known = {tuple(path): value for path, value in zip(paths, values, strict=True)}
-        drafter = _core.medusa_drafter(
-            loaded.model, tree, [known[tuple(path)] for path in tree.paths()], table
-        )
-        session = _core.Session(loaded.model, drafter, max_batch=3)
-        made, steps = exact_steps(session, prompts)
-        assert made == answers
-        whole = [walk(ranks.choose([at]), paths, Worth(values, table)) for at in range(len(made))]
-        assert steps == [one.steps for one in whole]
-        better += walk(ranks, paths).steps - sum(steps)
-    assert better > 20
-
-
-def exact_steps(
-    session: _core.Session, prompts: list[list[int]]
-) -> tuple[list[list[int]], list[int]]:
-    """Answers of NUM_TOKENS, and the steps that they took."""
-    made, steps = {}, {}
-    for prompt in prompts:
-        made[session.submit(prompt, max_new_tokens=NUM_TOKENS)] = []
-    while not session.idle:
-        for event in session.step():
-            made[event.request] += event.tokens
-            if event.finish is not None:
-                steps[event.request] = event.stats.steps
-    return list(made.values()), [steps[request] for request in made]
 
 
 def test_every_turn_is_an_answer_of_its_own(pair, answered):
@@ -324,7 +269,7 @@ def test_the_same_weights_are_nearer_than_the_same_threads(calibrated, tmp_path)
     heads = with_file(calibrated, tmp_path / "heads", step_times=rows)
     config = open_checkpoint(calibrated.model, heads).config
     found = read_calibration(heads / FILE_NAME, config)
-    for text, dtype, nodes in [
+    for stored, dtype, nodes in [
         ("q8_0", "f32", 3),
         ("q8_0", "bf16", 3),
         ("f32", "f32", 4),
@@ -332,7 +277,7 @@ def test_the_same_weights_are_nearer_than_the_same_threads(calibrated, tmp_path)
         ("q4_1", "bf16", 5),
     ]:
         assert (
-            found.nodes_for("cpu", Stored("auto", dtype, {}, text), 1, with_lookup=False) == nodes
+            found.nodes_for("cpu", Stored("auto", dtype, {}, stored), 1, with_lookup=False) == nodes
         )
 
 

@@ -8,13 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration_util import calibrated_heads, make_prompts, with_file
+from calibration_util import (
+    NUM_TOKENS,
+    calibrated_heads,
+    calibrated_pair,
+    make_prompts,
+    ranks_of,
+    text,
+    with_file,
+)
 from medusa_ext import Engine, _core
 from medusa_ext.calibration import lookup
 from medusa_ext.calibration.file import Calibration, read_calibration, takes_lookup
 from medusa_ext.calibration.lookup import AHEAD, NGRAM, look_up, shares
+from medusa_ext.calibration.ranks import walk
+from medusa_ext.calibration.tree_search import best_paths
 from medusa_ext.cli import run
-from medusa_ext.loading import LoadError, Stored, export, open_checkpoint
+from medusa_ext.loading import LoadError, Stored, export, load_model, open_checkpoint
 from medusa_ext.loading.exporting import CALIBRATION_FILE as FILE_NAME
 
 MAX_NGRAM = 4
@@ -94,6 +104,56 @@ def test_shares_count_what_there_is_room_for() -> None:
     assert all(row == sorted(row, reverse=True) for row in table)
     nothing = found.choose(np.empty(0, np.intp))
     assert shares(nothing, np.empty(0)) == [[0.0] * AHEAD] * NGRAM
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_predicted_steps_are_the_engines_own(tmp_path_factory, dtype) -> None:
+    model, heads = calibrated_pair(tmp_path_factory.getbasetemp())
+    prompts = make_prompts(12, seed=3)
+    options = {"max_new_tokens": NUM_TOKENS, "eos_token_id": []}
+    with Engine(model, None, threads=1, dtype=dtype) as engine:
+        # Some begin with an answer, so that it can be looked up.
+        first = [result.token_ids for result in engine.generate(prompts, **options)]
+        prompts[::2] = [
+            prompt + answer + prompt
+            for prompt, answer in zip(prompts[::2], first[::2], strict=True)
+        ]
+        answers = [result.token_ids for result in engine.generate(prompts, **options)]
+    loaded = load_model(model, heads, dtype=dtype, backend=_core.Backend(threads=1))
+    ranks = ranks_of(loaded.model, [text(*both) for both in zip(prompts, answers, strict=True)])
+    table = shares(ranks.looked_up, np.ones(len(ranks.ranks)))
+    better = 0
+    for nodes in (2, 3, 5, 16, 64):
+        paths, values = best_paths(ranks, nodes - 1)
+        tree = _core.TreeSpec.from_paths(paths)
+        known = {tuple(path): value for path, value in zip(paths, values, strict=True)}
+        drafter = _core.medusa_drafter(
+            loaded.model, tree, [known[tuple(path)] for path in tree.paths()], table
+        )
+        session = _core.Session(loaded.model, drafter, max_batch=3)
+        made, steps = exact_steps(session, prompts)
+        assert made == answers
+        whole = [
+            walk(ranks.choose([at]), paths, lookup.Worth(values, table)) for at in range(len(made))
+        ]
+        assert steps == [one.steps for one in whole]
+        better += walk(ranks, paths).steps - sum(steps)
+    assert better > 20
+
+
+def exact_steps(
+    session: _core.Session, prompts: list[list[int]]
+) -> tuple[list[list[int]], list[int]]:
+    """Answers of NUM_TOKENS, and the steps that they took."""
+    made, steps = {}, {}
+    for prompt in prompts:
+        made[session.submit(prompt, max_new_tokens=NUM_TOKENS)] = []
+    while not session.idle:
+        for event in session.step():
+            made[event.request] += event.tokens
+            if event.finish is not None:
+                steps[event.request] = event.stats.steps
+    return list(made.values()), [steps[request] for request in made]
 
 
 @pytest.mark.parametrize(

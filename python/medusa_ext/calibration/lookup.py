@@ -176,14 +176,13 @@ def kept(looked_up: LookedUp, paths: Paths, child: NDArray[np.intp], worth: Wort
     static = [(node, len(paths[node - 1]), value[node]) for node in order]
     lookup = [np.asarray(row, np.float32).tolist() for row in worth.lookup]
     # Places differ by few things only: trees are filled once for each kind.
-    levels = np.minimum(looked_up.room, num_heads)
-    key = np.column_stack((looked_up.length, looked_up.room, levels, same))
+    key = np.column_stack((looked_up.length, looked_up.room, same))
     kinds, kind = np.unique(key, axis=0, return_inverse=True)
     nodes = np.zeros((len(kinds), len(paths) + 1), bool)
     told = np.zeros(len(kinds), np.intp)
-    for index, (length, room, level, *doubles) in enumerate(kinds.tolist()):
+    for index, (length, room, *doubles) in enumerate(kinds.tolist()):
         said = lookup[length - 1][:room] if length else []
-        told[index] = _fill(nodes[index], static, level, said, doubles)
+        told[index] = _fill(nodes[index], static, room, said, doubles)
     kind = kind.reshape(-1)
     return Kept(kind, nodes, np.minimum(looked_up.right, told[kind]))
 
@@ -191,7 +190,7 @@ def kept(looked_up: LookedUp, paths: Paths, child: NDArray[np.intp], worth: Wort
 def _fill(
     nodes: NDArray[np.bool_],
     static: Sequence[tuple[int, int, float]],
-    levels: int,
+    room: int,
     said: Sequence[float],
     doubles: Sequence[int],
 ) -> int:
@@ -200,7 +199,7 @@ def _fill(
     Args:
         nodes: [nodes]; those of the static tree that it holds become true.
         static: (node, depth, value), the most valuable first.
-        levels: deeper nodes have no room.
+        room: deeper nodes have none.
         said: values of the tokens looked up.
         doubles: the static node of each of the first of these, -1 for none.
 
@@ -216,7 +215,7 @@ def _fill(
             told += 1
         else:
             at += 1
-            if depth > levels:
+            if depth > room:
                 continue
         count += node < 0 or not nodes[node]
         if node >= 0:
