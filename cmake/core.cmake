@@ -4,10 +4,13 @@ set(medusa_core_sources
     csrc/core/backend.cpp
     csrc/core/config.cpp
     csrc/core/forward.cpp
+    csrc/core/guess_tree.cpp
+    csrc/core/head_runner.cpp
     csrc/core/json.cpp
     csrc/core/load_model.cpp
     csrc/core/medusa_drafter.cpp
     csrc/core/model.cpp
+    csrc/core/ngrams.cpp
     csrc/core/pages.cpp
     csrc/core/prompt_lookup.cpp
     csrc/core/resident_loop.cpp

@@ -11,6 +11,9 @@ import numpy as np
 
 from exact_models import CONTEXT, Rng, Shape, model_for
 from medusa_ext import _core
+from medusa_ext.calibration.guesses import NGRAM, Weights, compiled
+from medusa_ext.distill.records import Record
+from medusa_ext.loading.ngrams import count_ngrams
 from util import unit_of
 
 SPARE = 16  # tokens that the drafter knows beyond the end of a request
@@ -231,6 +234,24 @@ class ScriptedDrafter(_core.Drafter):
             self.met["eos inside an accepted path"] += 1
         if event.finish == "length" and 2 <= count <= right:
             self.met["limit inside a right path"] += 1
+
+
+def dynamic_drafter(
+    rng: np.random.Generator, shape: Shape, model: _core.Model, max_nodes: int
+) -> _core.Drafter:
+    """Trees that each step grows, by weights and n-grams that nobody fitted."""
+    with_lookup = bool(rng.random() < 0.7)
+    weights = Weights(
+        rng.normal(0.5, 0.3, (shape.heads, 3)).tolist(),
+        rng.uniform(0, 6, (shape.heads, NGRAM if with_lookup else 0)).tolist(),
+        rng.random(NGRAM).tolist() if with_lookup else [],
+    )
+    ngrams = None
+    if rng.random() < 0.7:
+        ids = rng.integers(0, shape.vocab, 40).astype(np.int32)
+        records = [Record(np.tile(ids, 4), np.ones(160, np.bool_))]
+        ngrams = compiled(count_ngrams(records, shape.vocab))
+    return _core.dynamic_drafter(model, weights.model(ngrams), max_nodes)
 
 
 def random_paths(rng: Rng, num_nodes: int, max_depth: int, max_ranks: int) -> list[list[int]]:

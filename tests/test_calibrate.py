@@ -28,13 +28,13 @@ from calibration_util import (
     write_lines,
 )
 from medusa_ext import Engine, _core
-from medusa_ext.calibration.file import read_calibration
-from medusa_ext.calibration.lookup import Worth
-from medusa_ext.calibration.ranks import BEYOND, walk
+from medusa_ext.calibration.file import DYNAMIC, LOOKUP, STATIC, read_calibration
+from medusa_ext.calibration.guesses import Weights, fit
+from medusa_ext.calibration.ranks import BEYOND, walk, walk_dynamic
 from medusa_ext.calibration.report import print_report
 from medusa_ext.calibration.run import Request, _Measured, _Work, calibrate
 from medusa_ext.calibration.texts import Text
-from medusa_ext.calibration.tree_search import best_paths, value_lookup
+from medusa_ext.calibration.tree_search import best_paths
 from medusa_ext.loading import Stored, export, load_model, open_checkpoint
 from medusa_ext.loading.exporting import CALIBRATION_FILE as FILE_NAME
 from medusa_ext.trees import named_tree
@@ -115,13 +115,15 @@ def test_candidates_are_in_the_heads_own_order(pair, backend):
         _, hidden = engine.score(make_prompts(1, seed=5)[0] * 10, return_hidden=True)
     hidden = np.tile(hidden, (2, 1))[:100]  # more than are computed at once
     ids = np.empty((NUM_HEADS, len(hidden), 7), np.int32)
-    _core.head_candidates(loaded.model, hidden, ids)
+    scores = np.empty(ids.shape, np.float32)
+    _core.head_candidates(loaded.model, hidden, ids, scores)
     for head in range(NUM_HEADS):
         logits = hidden.astype(np.float64) @ state[f"{head}.0.weight"].double().numpy().T
         found = np.take_along_axis(logits, ids[head].astype(np.intp), axis=1)
         best = -np.sort(-logits, axis=1)[:, :7]
         # An f32 sum of 32 products errs by less than 32 * 2^-24 of the products' absolute sum.
         np.testing.assert_allclose(found, best, atol=1e-5)
+        np.testing.assert_allclose(scores[head], found, atol=1e-5)
         assert all(len(set(row)) == 7 for row in ids[head].tolist())
 
 
@@ -129,26 +131,38 @@ def test_candidates_are_in_the_heads_own_order(pair, backend):
     ("hidden", "ids", "words"),
     [
         ((3, 31), (NUM_HEADS, 3, 4), "hidden is \\[3, 31\\]; wanted \\[R, 32\\]"),
-        ((3, 32), (NUM_HEADS, 4, 4), "ids is .* wanted i32 \\[3, 3, up to 256\\]"),
-        ((3, 32), (2, 3, 4), "ids is"),
-        ((3, 32), (NUM_HEADS, 3, 257), "ids is"),
+        ((3, 32), (NUM_HEADS, 4, 4), "ids are .* wanted \\[3, 3, up to 256\\] of both"),
+        ((3, 32), (2, 3, 4), "ids are"),
+        ((3, 32), (NUM_HEADS, 3, 257), "ids are"),
         ((3, 32), (NUM_HEADS, 3, 0), "allowed is 1 to|at least|empty"),
     ],
 )
 def test_candidates_of_wrong_shapes(pair, hidden, ids, words):
     model = load_model(*pair, backend=_core.Backend(threads=1)).model
     with pytest.raises(ValueError, match=words):
-        _core.head_candidates(model, np.zeros(hidden, np.float32), np.zeros(ids, np.int32))
-    with pytest.raises(ValueError, match="wanted i32"):
         _core.head_candidates(
-            model, np.zeros((3, 32), np.float32), np.zeros((NUM_HEADS, 3, 4), np.float32)
+            model,
+            np.zeros(hidden, np.float32),
+            np.zeros(ids, np.int32),
+            np.zeros(ids, np.float32),
         )
+    scores = np.zeros((NUM_HEADS, 3, 4), np.float32)
+    with pytest.raises(ValueError, match="ids: dtype is i32, the array holds float32"):
+        _core.head_candidates(model, np.zeros((3, 32), np.float32), scores, scores)
+    ids = np.zeros((NUM_HEADS, 3, 5), np.int32)
+    with pytest.raises(ValueError, match=r"logits .* of both"):
+        _core.head_candidates(model, np.zeros((3, 32), np.float32), ids, scores)
 
 
 def test_candidates_need_heads(pair):
     model = load_model(pair[0], None, backend=_core.Backend(threads=1)).model
     with pytest.raises(ValueError, match="the model has no heads"):
-        _core.head_candidates(model, np.zeros((1, 32), np.float32), np.zeros((0, 1, 4), np.int32))
+        _core.head_candidates(
+            model,
+            np.zeros((1, 32), np.float32),
+            np.zeros((0, 1, 4), np.int32),
+            np.zeros((0, 1, 4), np.float32),
+        )
 
 
 # The command
@@ -172,11 +186,12 @@ def test_file_holds_what_the_data_say(calibrated, pair, answered):
         assert row["error"] == pytest.approx(error, rel=1e-5)
         assert row["nodes"] == 1 or 0 < error < 0.3
         assert row["chosen_on"] == pytest.approx(walk(chosen, tree).tokens_per_step, rel=1e-5)
-        with_lookup = walk(held, tree, Worth(content["values"], content["lookup"]))
-        steps = row["with_lookup"]["tokens_per_step"]
-        assert steps == pytest.approx(with_lookup.tokens_per_step, rel=1e-5)
-    worth = value_lookup(chosen, content["tree"], content["values"], [4, 16])
-    np.testing.assert_allclose(content["lookup"], worth.lookup, rtol=1e-4)
+        for kind in (DYNAMIC, LOOKUP):
+            weights = fit(chosen.answers, None, with_lookup=kind == LOOKUP)
+            assert content["guesses"][kind] == weights.content()
+            guesses = Weights.of(content["guesses"][kind]).model(None)
+            steps = walk_dynamic(held, guesses, row["nodes"]).tokens_per_step
+            assert row[kind]["tokens_per_step"] == pytest.approx(steps, rel=1e-5)
     assert [row["nodes"] for row in content["predicted"]] == [1, 4, 16]
     assert content["predicted"][2]["tokens_per_step"] > 1.2
     math = content["by_category"]["math"]
@@ -217,7 +232,7 @@ def test_best_number_of_nodes_is_the_fastest(calibrated):
     assert (row["device"], row["dtype"], row["threads"]) == ("cpu", "f32", 1)
     assert row["seconds"].keys() == row["tokens_per_s"].keys() == {"1", "4", "16"}
     later = {
-        str(one["nodes"]): one["with_lookup"]["tokens_per_later_step"]
+        str(one["nodes"]): one[LOOKUP]["tokens_per_later_step"]
         for one in calibrated.content["predicted"]
     }
     for count, seconds in row["seconds"].items():
@@ -255,7 +270,7 @@ def test_the_nearest_number_of_threads(calibrated, tmp_path):
     asked = {1: 1, 2: 2, 3: 2, 4: 2, 6: 8, 8: 8, 16: 8}
     stored = Stored("auto", "f32", {}, "f32")
     assert {
-        threads: found.nodes_for("cpu", stored, threads, with_lookup=False) - 2 for threads in asked
+        threads: found.nodes_for("cpu", stored, threads, STATIC) - 2 for threads in asked
     } == asked
 
 
@@ -276,9 +291,7 @@ def test_the_same_weights_are_nearer_than_the_same_threads(calibrated, tmp_path)
         ("bf16", "bf16", 5),
         ("q4_1", "bf16", 5),
     ]:
-        assert (
-            found.nodes_for("cpu", Stored("auto", dtype, {}, stored), 1, with_lookup=False) == nodes
-        )
+        assert found.nodes_for("cpu", Stored("auto", dtype, {}, stored), 1, STATIC) == nodes
 
 
 def test_exported_files_carry_it(calibrated, tmp_path):
@@ -339,7 +352,7 @@ def test_step_times_of_the_sizes_that_are_known(calibrated, tmp_path, capsys):
 
 
 def test_categories_show_the_sizes_that_were_calibrated(calibrated, capsys):
-    lone = {"c": calibrated.content["by_category"]["math"] | {"with_lookup": {}}}
+    lone = {"c": calibrated.content["by_category"]["math"] | {LOOKUP: {}}}
     by_category = calibrated.content["by_category"] | lone
     print_report(calibrated.content | {"by_category": by_category}, Console(width=160))
     printed = capsys.readouterr().out.partition("By category")[2].splitlines()

@@ -51,7 +51,7 @@ def candidates(model: _core.Model, width: int) -> np.ndarray:
     """Of three heads for random hidden states, [3, 50, width]."""
     hidden = np.random.default_rng(5).standard_normal((50, 32)).astype(np.float32)
     ids = np.empty((3, len(hidden), width), np.int32)
-    _core.head_candidates(model, hidden, ids)
+    _core.head_candidates(model, hidden, ids, np.empty(ids.shape, np.float32))
     return ids
 
 

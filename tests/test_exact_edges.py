@@ -196,7 +196,7 @@ def test_scores_do_not_depend_on_chunks_or_threads(backend: _core.Backend, shape
 # Ties, and token 0 everywhere.
 
 
-@pytest.mark.parametrize("kind", ["scripted", "heads", "lookup", "heads and lookup"])
+@pytest.mark.parametrize("kind", ["scripted", "heads", "lookup", "dynamic"])
 def test_all_logits_tied_and_token_0_everywhere(backend: _core.Backend, kind: str) -> None:
     """Every choice is id 0, as are prompts and guesses: every path is right, nothing is padding."""
     shape = SHAPES[2]
@@ -206,7 +206,7 @@ def test_all_logits_tied_and_token_0_everywhere(backend: _core.Backend, kind: st
         "scripted": lambda: ScriptedDrafter(4, 30, shape.vocab),
         "heads": lambda: _core.medusa_drafter(model, tree),
         "lookup": lambda: _core.prompt_lookup_drafter(max_nodes=9),
-        "heads and lookup": lambda: _core.medusa_drafter(model, tree, [0.1] * 7, [[0.5] * 9] * 4),
+        "dynamic": lambda: exact.dynamic_drafter(np.random.default_rng(7), shape, model, 9),
     }[kind]()
     jobs = [Job((0,) * length, 30) for length in (1, 5, 64, 100)]
     session = _core.Session(model, drafter, max_batch=3)

@@ -57,7 +57,7 @@ def random_drafter(
     kinds = (
         ["scripted"] * 4
         + ["lookup", "plain"]
-        + ["heads", "heads", "heads and lookup", "named tree"] * (shape.heads > 0)
+        + ["heads", "heads", "dynamic", "named tree"] * (shape.heads > 0)
     )
     kind = str(rng.choice(kinds))
     max_nodes = int(rng.choice([2, 5, 16, 64, 100, 256][: 3 if tight else 6]))
@@ -75,15 +75,14 @@ def random_drafter(
         return kind, drafter
     if kind == "plain":
         return kind, None
+    if kind == "dynamic":
+        return kind, exact.dynamic_drafter(rng, shape, model, max_nodes)
     ranks = min(shape.head_vocab or shape.draft_vocab or shape.vocab, 50)
     if kind == "named tree":
         paths = named_tree(str(rng.choice(tree_names())), max_depth=shape.heads)
     else:
         paths = exact.random_paths(rng, max_nodes, int(rng.integers(1, shape.heads + 1)), ranks)
     tree = _core.TreeSpec.from_paths(paths)
-    if kind == "heads and lookup":
-        values, lookup = rng.random(len(paths)), rng.random((int(rng.integers(1, 6)), 12))
-        return kind, _core.medusa_drafter(model, tree, values.tolist(), lookup.tolist())
     return kind, _core.medusa_drafter(model, tree)
 
 
@@ -125,7 +124,7 @@ def check_random_case(backend: _core.Backend, shape: Shape, case: int) -> None:
     TALLY.add(backend, session, outcomes)
     met = TALLY.of(backend)
     met[f"drafter {kind}"] += 1
-    if kind == "heads and lookup":  # no path of the heads emits so many tokens
+    if kind == "dynamic":  # no path of the heads emits so many tokens
         met["lookup beyond the heads"] += sum(
             sum(outcome.stats.accepted_lengths[shape.heads + 2 :]) for outcome in outcomes
         )
@@ -202,7 +201,7 @@ def test_the_cases_met_what_they_are_for(
         "finish cancelled": 5,
         "drafter scripted": 20,
         "drafter heads": 10,
-        "drafter heads and lookup": 5,
+        "drafter dynamic": 5,
         "lookup beyond the heads": 10,
         "drafter named tree": 5,
         "drafter lookup": 5,

@@ -131,6 +131,7 @@ def test_hub_takes_no_code_and_pickles_only_where_needed(tmp_path, monkeypatch):
             snapshot_download=snapshot_download, errors=sys.modules.get("huggingface_hub.errors")
         ),
     )
+    (tmp_path / "ngrams.safetensors").touch()  # no weights
     assert resolve("somebody/pickled").path == tmp_path
     assert len(asked) == 2
     assert any("bin" in pattern for pattern in asked[1]["allow_patterns"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import TrainingArguments
 from loading_util import make_gguf, make_heads, make_model, record, reference_model
 from medusa_ext import Engine
 from medusa_ext.loading import LoadError, open_checkpoint
+from medusa_ext.loading.ngrams import NGRAMS_FILE, count_ngrams, read_ngrams
 from medusa_ext.training import medusa1, medusa2
 from medusa_ext.training.data import read_data
 from medusa_ext.training.heads import lm_head, new_heads
@@ -96,6 +98,13 @@ def test_the_folder_explains_itself(learned: tuple[Any, dict[str, float]]) -> No
     tokens = json.loads((job.out / "draft_tokens.json").read_text())
     assert sorted(tokens) == list(range(320))
     assert set(tokens[:16]) == set(cycle(0, 16))  # what the data are made of
+    table = read_ngrams(job.out / NGRAMS_FILE, "it", 320)
+    assert table.contexts.tolist() == sorted(cycle(0, 16))
+    following = dict(pairwise(cycle(0, 17)))
+    assert table.tokens.tolist() == [following[token] for token in table.contexts.tolist()]
+    data = read_data(job.data, vocab_size=320, max_context=128, held_out=0.1)
+    assert table.unseen.tolist() == count_ngrams(data.learned(), 320).unseen.tolist()
+    assert table.unseen.tolist() != count_ngrams(data.records, 320).unseen.tolist()
 
 
 def test_heads_begin_as_the_model(tmp_path: Path) -> None:
@@ -315,6 +324,7 @@ def test_medusa2_merges_into_a_model_that_loads(tmp_path: Path, method: str) -> 
     assert "medusa_head.2.0.linear.bias" in state
     assert (job.out / "LICENSE").exists()
     assert not (job.out / "calibration.json").exists()  # of the model as it was
+    assert len(read_ngrams(job.out / NGRAMS_FILE, "it", 320).contexts) == 16
     config = json.loads((job.out / "config.json").read_text())
     assert (config["medusa_num_heads"], config["tie_word_embeddings"]) == (3, False)
 

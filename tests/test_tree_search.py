@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_ext import _core
-from medusa_ext.calibration.lookup import LookedUp
+from medusa_ext.calibration.guesses import Offered
 from medusa_ext.calibration.ranks import BEYOND, Ranks, accepted, walk
 from medusa_ext.calibration.tree_search import best_paths, search
+
+NOTHING = Offered([], 0, 0, np.empty((0, 0, 0), np.int32), np.empty((0, 0, 0), np.float32))
 
 
 def make_ranks(answers: list[np.ndarray], num_ranks: int, categories=None) -> Ranks:
@@ -23,13 +25,8 @@ def make_ranks(answers: list[np.ndarray], num_ranks: int, categories=None) -> Ra
         tuple(categories or [""] * len(answers)),
         tuple(range(len(answers))),
         num_ranks,
-        nothing_looked_up(ranks),
+        (NOTHING,) * len(answers),
     )
-
-
-def nothing_looked_up(ranks: np.ndarray) -> LookedUp:
-    none = np.zeros(len(ranks), np.int8)
-    return LookedUp(none, none, none, np.full(ranks.shape, -1, np.int16))
 
 
 def random_ranks(seed: int, *, rows: int, heads: int, num_ranks: int, answers: int = 1) -> Ranks:

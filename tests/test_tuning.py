@@ -13,7 +13,7 @@ import pytest
 
 from calibration_util import calibrated_heads, calibrated_pair, make_prompts, tree_of
 from medusa_ext import Engine, _core, tuning
-from medusa_ext.calibration.file import Calibration
+from medusa_ext.calibration.file import DYNAMIC, LOOKUP, STATIC, Calibration
 from medusa_ext.loading import load_model
 from medusa_ext.tuning import COUNTS, FILE_NAME, choose, read_times, write_times
 
@@ -39,7 +39,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     asked: list[list[int]] = []
 
     def fake(
-        model: _core.Model, found: Calibration, counts: list[int], tokens: list[float]
+        model: _core.Model, found: Calibration, counts: list[int], tokens: list[float], kind: str
     ) -> dict[int, list[float]]:
         asked.append(list(counts))
         return {count: [FAKE(count)] for count in counts}
@@ -78,19 +78,20 @@ def test_the_choice_is_the_best_rate(seconds: Callable[[int], float]) -> None:
     assert all(rate < rates[best] for count, rate in rates.items() if count < best)
 
 
-def test_what_lookup_adds_lies_on_straight_lines() -> None:
+def test_dynamic_trees_lie_on_straight_lines() -> None:
     rows = [
         {
             "nodes": nodes,
-            "tokens_per_later_step": alone,
-            "with_lookup": {"tokens_per_later_step": both},
+            "tokens_per_later_step": 9.0,
+            DYNAMIC: {"tokens_per_later_step": alone},
+            LOOKUP: {"tokens_per_later_step": both},
         }
         for nodes, alone, both in [(1, 1.0, 1.0), (3, 1.4, 1.8), (4, 1.5, 1.7)]
     ]
     found = Calibration([], [], {"values": [0.5, 0.25, 0.125, 0.0625], "predicted": rows})
     assert tuning.tokens_per_step(found) == [1, 1.5, 1.75, 1.875, 1.9375]
-    wanted = [1, 1.5 + 0.2, 1.75 + 0.4, 1.875 + 0.2, 1.9375 + 0.2]
-    assert tuning.tokens_per_step(found, with_lookup=True) == pytest.approx(wanted)
+    assert tuning.tokens_per_step(found, DYNAMIC) == pytest.approx([1, 1.2, 1.4, 1.5, 1.5])
+    assert tuning.tokens_per_step(found, LOOKUP) == pytest.approx([1, 1.4, 1.8, 1.7, 1.7])
 
 
 def test_the_choice_at_the_ends() -> None:
@@ -103,14 +104,14 @@ def test_the_choice_at_the_ends() -> None:
 def test_an_engine_takes_what_pays(calibrated, cache, measured) -> None:
     """And decodes with the beginning of the calibrated tree, which has so many nodes."""
     tree = calibrated.content["tree"]
-    tokens = tuning.tokens_per_step(calibration_of(calibrated), with_lookup=True)
+    tokens = tuning.tokens_per_step(calibration_of(calibrated), LOOKUP)
     wanted = choose(tokens, {n: FAKE(n) for n in COUNTS if n <= len(tokens)})
     assert 1 < wanted <= 8
     assert tree_of(calibrated.model, calibrated.heads) == sorted(tree[: wanted - 1])
     assert measured == [[count for count in COUNTS if count <= len(tree) + 1]]
     with Engine(calibrated.model, calibrated.heads, threads=1) as engine:
         assert engine.info["nodes"] == wanted
-        assert engine.info["drafter"] == "3 Medusa heads and lookup"
+        assert engine.info["drafter"] == "3 Medusa heads, lookup; dynamic trees"
     assert len(measured) == 1  # remembered
 
 
@@ -178,11 +179,12 @@ def test_real_times(calibrated, cache, monkeypatch) -> None:
         assert engine.info["nodes"] == nodes
 
 
-def test_texts_to_time_keep_the_whole_tree(calibrated) -> None:
+@pytest.mark.parametrize("kind", [STATIC, DYNAMIC])
+def test_texts_to_time_keep_the_whole_tree(calibrated, kind) -> None:
     """Also where they begin again; a smaller tree near the end would be quicker."""
     model = load_model(calibrated.model, calibrated.heads, backend=_core.Backend(threads=1)).model
     content = calibrated.content
-    lane = tuning._Lane(model, content["tree"][:31])
+    lane = tuning._Lane(model, Calibration(content["tree"], [], content), 32, kind)
     begun = []
     begin = lane.begin
     lane.begin = lambda: (begun.append(1), begin())
@@ -205,8 +207,8 @@ def test_times_of_a_busy_machine_are_not_kept(calibrated, cache, monkeypatch) ->
 
 def test_sizes_that_cannot_pay_are_left_out(calibrated, monkeypatch) -> None:
     class Lane:
-        def __init__(self, model: object, paths: list[list[int]]) -> None:
-            self.nodes = len(paths) + 1
+        def __init__(self, model: object, found: Calibration, nodes: int, kind: str) -> None:
+            self.nodes = nodes
 
         def step(self) -> float:
             return 0.01 * self.nodes
@@ -229,8 +231,7 @@ class Pace:
         self.now = 7e5
         self.begun: list[int] = []
 
-    def lane(self, model: object, paths: list[list[int]]) -> SimpleNamespace:
-        count = len(paths) + 1
+    def lane(self, model: object, found: Calibration, count: int, kind: str) -> SimpleNamespace:
         self.begun.append(count)
         self.pass_time(5 * self.seconds(count))
         return SimpleNamespace(step=lambda: self.pass_time(self.seconds(count)))
@@ -310,14 +311,14 @@ def test_small_contexts(calibrated, cache, tmp_path, monkeypatch, context, wante
     measure = tuning.step_times
 
     def watched(
-        model: _core.Model, found: Calibration, counts: list[int], tokens: list[float]
+        model: _core.Model, found: Calibration, counts: list[int], tokens: list[float], kind: str
     ) -> object:
         asked.append(list(counts))
         for count in counts:
-            lane = tuning._Lane(model, found.tree[: count - 1])
+            lane = tuning._Lane(model, found, count, kind)
             assert lane.max_new_tokens >= 8
             assert all(lane.step() > 0 for _ in range(12))
-        return measure(model, found, counts, tokens)
+        return measure(model, found, counts, tokens, kind)
 
     monkeypatch.setattr(tuning, "step_times", watched)
     folder = shutil.copytree(calibrated.model, tmp_path / "model")

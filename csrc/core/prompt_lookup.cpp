@@ -81,19 +81,6 @@ Match latest_match(std::span<const int32_t> text, int max_ngram) {
   return best;
 }
 
-std::vector<Match> latest_matches(std::span<const int32_t> tokens, int start, int stop,
-                                  int max_ngram) {
-  const auto size = static_cast<int>(tokens.size());
-  MEDUSA_CHECK_ARG(start >= 1 && start <= stop && stop <= size + 1 && max_ngram >= 1,
-                   "latest_matches: texts of ", start, " to ", stop - 1, " tokens of ", size,
-                   " and up to ", max_ngram, " equal ones were asked for");
-  std::vector<Match> found;
-  for (int length = start; length < stop; ++length) {
-    found.push_back(latest_match(tokens.first(static_cast<size_t>(length)), max_ngram));
-  }
-  return found;
-}
-
 std::shared_ptr<Drafter> make_prompt_lookup_drafter(const PromptLookupOptions& options) {
   MEDUSA_CHECK_ARG(options.min_ngram >= 1 && options.min_ngram <= options.max_ngram,
                    "prompt lookup: min_ngram ", options.min_ngram, " and max_ngram ",

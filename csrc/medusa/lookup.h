@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <span>
-#include <vector>
 
 namespace medusa {
 
@@ -16,9 +15,5 @@ struct Match {
 // The longest match of up to max_ngram tokens, of equals the latest. Reads the whole text: some 2
 // us a thousand tokens.
 Match latest_match(std::span<const int32_t> text, int max_ngram);
-
-// Those of the first start, start + 1, ..., stop - 1 tokens. For calibration.
-std::vector<Match> latest_matches(std::span<const int32_t> tokens, int start, int stop,
-                                  int max_ngram);
 
 }  // namespace medusa

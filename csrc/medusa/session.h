@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "medusa/drafter.h"
+#include "medusa/guesses.h"
 #include "medusa/model.h"
 
 namespace medusa {
@@ -79,23 +80,19 @@ class Session {
 void score(const Model& model, std::span<const int32_t> tokens, int chunk, float* logits,
            float* hidden);
 
-// How often a step's tokens run through a guess. Where it is known, what followed the same tokens
-// earlier in the text takes the place of the tree's nodes that are worth less; the number of nodes
-// stays. Drafting then needs the host.
-struct GuessValues {
-  std::vector<float> nodes;                // of the tree's nodes but the root
-  std::vector<std::vector<float>> lookup;  // [m - 1][d - 1]: of the d-th token that followed where
-                                           // the text's last m tokens stood before; m and more at
-                                           // the end
-};
-
+// Static trees of the heads' candidates.
 std::shared_ptr<Drafter> make_medusa_drafter(std::shared_ptr<const Model> model,
-                                             const TreeSpec& tree, const GuessValues& values = {});
+                                             const TreeSpec& tree);
+// Trees of up to max_nodes nodes, root included, that each step grows anew. Drafting needs the
+// host.
+std::shared_ptr<Drafter> make_dynamic_drafter(std::shared_ptr<const Model> model,
+                                              GuessModel guesses, int max_nodes);
 
 // What a step at temperature 0 would take from every head, best first, for texts whose last hidden
-// states are hidden [R, d] f32: ids [num_heads, R, width] i32. For calibration.
+// states are hidden [R, d] f32: ids [num_heads, R, width] i32 and their logits f32. For
+// calibration.
 void head_candidates(std::shared_ptr<const Model> model, const float* hidden, int64_t num_rows,
-                     int width, int32_t* ids);
+                     int width, int32_t* ids, float* logits);
 
 struct PromptLookupOptions {
   int max_ngram = 4, min_ngram = 2;

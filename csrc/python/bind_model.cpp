@@ -191,24 +191,29 @@ void bind_model(py::module_& m) {
       py::arg("model"), py::arg("tokens"), py::arg("chunk"), py::arg("logits"), py::arg("hidden"));
   m.def(
       "head_candidates",
-      [](const std::shared_ptr<Model>& model, const py::array& hidden, const py::array& ids) {
+      [](const std::shared_ptr<Model>& model, const py::array& hidden, const py::array& ids,
+         const py::array& logits) {
         const TensorView rows = borrow(hidden, "f32", "hidden");
-        const TensorView out = borrow(ids, std::nullopt, "ids");
+        const TensorView found = borrow(ids, "i32", "ids"),
+                         scores = borrow(logits, "f32", "logits");
         MEDUSA_CHECK_ARG(rows.rank == 2 && rows.size(1) == model->config.hidden_size,
                          "head_candidates: hidden is ", shape_string(rows), "; wanted [R, ",
                          model->config.hidden_size, "]");
-        MEDUSA_CHECK_ARG(out.dtype == DType::i32 && out.rank == 3 &&
-                             out.size(0) == model->config.heads.num_heads &&
-                             out.size(1) == rows.size(0) && out.size(2) <= kMaxTreeNodes,
-                         "head_candidates: ids is ", shape_string(out), "; wanted i32 [",
-                         model->config.heads.num_heads, ", ", rows.size(0), ", up to ",
-                         kMaxTreeNodes, "]");
-        MEDUSA_CHECK_ARG(ids.writeable(), "head_candidates: ids is read-only");
+        for (const TensorView& out : {found, scores}) {
+          MEDUSA_CHECK_ARG(out.rank == 3 && out.size(0) == model->config.heads.num_heads &&
+                               out.size(1) == rows.size(0) && out.size(2) == found.size(2) &&
+                               out.size(2) <= kMaxTreeNodes,
+                           "head_candidates: ids are ", shape_string(found), ", logits ",
+                           shape_string(scores), "; wanted [", model->config.heads.num_heads, ", ",
+                           rows.size(0), ", up to ", kMaxTreeNodes, "] of both");
+        }
+        MEDUSA_CHECK_ARG(ids.writeable() && logits.writeable(),
+                         "head_candidates: ids or logits are read-only");
         const ReleasedLock release;
-        head_candidates(model, rows.as<float>(), rows.size(0), static_cast<int>(out.size(2)),
-                        out.as<int32_t>());
+        head_candidates(model, rows.as<float>(), rows.size(0), static_cast<int>(found.size(2)),
+                        found.as<int32_t>(), scores.as<float>());
       },
-      py::arg("model"), py::arg("hidden"), py::arg("ids"));
+      py::arg("model"), py::arg("hidden"), py::arg("ids"), py::arg("logits"));
 }
 
 }  // namespace medusa::python

@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "medusa/drafter.h"
-#include "medusa/lookup.h"
 #include "medusa/session.h"
 #include "medusa/tree.h"
 #include "python/bindings.h"
@@ -165,22 +164,10 @@ void bind_trees_and_drafters(py::module_& m) {
 
   m.def(
       "medusa_drafter",
-      [](const std::shared_ptr<Model>& model, const TreeSpec& tree, std::vector<float> values,
-         std::vector<std::vector<float>> lookup) {
-        return make_medusa_drafter(model, tree, {std::move(values), std::move(lookup)});
+      [](const std::shared_ptr<Model>& model, const TreeSpec& tree) {
+        return make_medusa_drafter(model, tree);
       },
-      py::arg("model"), py::arg("tree"), py::arg("values") = std::vector<float>(),
-      py::arg("lookup") = std::vector<std::vector<float>>(), Release());
-  m.def(
-      "latest_matches",
-      [](const std::vector<int32_t>& tokens, int start, int stop, int max_ngram) {
-        std::vector<std::pair<int, int>> found;
-        for (const Match& match : latest_matches(tokens, start, stop, max_ngram)) {
-          found.emplace_back(match.length, match.next);
-        }
-        return found;
-      },
-      py::arg("tokens"), py::arg("start"), py::arg("stop"), py::arg("max_ngram"), Release());
+      py::arg("model"), py::arg("tree"), Release());
   const PromptLookupOptions lookup;
   m.def(
       "prompt_lookup_drafter",

@@ -22,6 +22,7 @@ namespace py = pybind11;
 
 void bind_model(py::module_& m);
 void bind_session(py::module_& m);
+void bind_guesses(py::module_& m);
 void bind_ops(py::module_& m);
 
 // Lets other Python threads run during a call. A daemon thread that comes back while the

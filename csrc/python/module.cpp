@@ -80,5 +80,6 @@ PYBIND11_MODULE(_core, m) {
   });
   medusa::python::bind_model(m);
   medusa::python::bind_session(m);
+  medusa::python::bind_guesses(m);
   medusa::python::bind_ops(m);
 }

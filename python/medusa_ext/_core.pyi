@@ -4,7 +4,7 @@ Arrays are NumPy (C-contiguous); bf16 travels as uint16. Calls release the inter
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,8 +111,13 @@ def score(
 ) -> None:
     """Fill logits [S, V] and hidden [S, d] (after the final norm); None leaves one out."""
 
-def head_candidates(model: Model, hidden: NDArray[np.float32], ids: NDArray[np.int32]) -> None:
-    """Fill ids [num_heads, R, width] with each head's best tokens for hidden [R, d], best first.
+def head_candidates(
+    model: Model,
+    hidden: NDArray[np.float32],
+    ids: NDArray[np.int32],
+    logits: NDArray[np.float32],
+) -> None:
+    """Fill ids and logits [num_heads, R, width] with each head's best tokens for hidden [R, d].
 
     They are what a step at temperature 0 takes for a text whose last hidden state is that row;
     width is at most 256.
@@ -171,45 +176,147 @@ class Drafter:
     def on_finish(self, request: int) -> None:
         """Called once when a request has ended: drop what was kept for it."""
 
-def medusa_drafter(
-    model: Model,
-    tree: TreeSpec,
-    values: Sequence[float] = (),
-    lookup: Sequence[Sequence[float]] = (),
-) -> Drafter:
-    """Medusa heads, and what followed the same tokens earlier in the text where `lookup` is given.
-
-    Args:
-        model: with heads.
-        tree: of their candidates.
-        values: of the tree's paths, in the order of `tree.paths()`: how often a step's tokens run
-            through each, in [0, 1]. Read with `lookup` alone.
-        lookup: [m - 1][d - 1] how often the d-th token is right that followed the place where the
-            text's last m tokens stood before. Such guesses take the place of nodes worth less.
+def medusa_drafter(model: Model, tree: TreeSpec) -> Drafter:
+    """Medusa heads whose candidates fill a static tree.
 
     Raises:
-        ValueError: the model has no heads, the tree does not fit them, or with `lookup` the values
-            are too few or many, or a value lies outside [0, 1].
+        ValueError: the model has no heads, or the tree does not fit them.
     """
 
-def latest_matches(
-    tokens: Sequence[int], start: int, stop: int, max_ngram: int
+LOOKUP_NGRAM: int  # equal tokens before a place in the text that are told apart
+LOOKUP_AHEAD: int  # tokens that the text guesses at most
+GUESS_CANDIDATES: int  # of a head, that a dynamic tree may take
+
+class Ngrams:
+    """Which tokens follow which; arrays as `medusa_ext.loading.ngrams.Ngrams` has them.
+
+    ValueError where they do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        contexts: NDArray[np.int32],
+        counts: NDArray[np.int32],
+        unseen: NDArray[np.int8],
+        tokens: NDArray[np.int32],
+        gains: NDArray[np.int8],
+        pair_counts: NDArray[np.int32],
+        pair_unseen: NDArray[np.int8],
+        pair_tokens: NDArray[np.int32],
+        pair_gains: NDArray[np.int8],
+    ) -> None: ...
+    def gain(self, before: int, last: int, token: int) -> float:
+        """Nats by which a token is likelier after two others than elsewhere."""
+    def frequent(self, before: int, last: int) -> list[int]:
+        """Up to 8 tokens that follow two others most often, then those that follow the last."""
+    @property
+    def num_bytes(self) -> int: ...
+
+class GuessModel:
+    """Weights of what a dynamic tree grows from, see `medusa_ext.calibration.guesses`.
+
+    Args:
+        heads: (head, ngram, rest, lookup) of each head; lookup [LOOKUP_NGRAM] or empty.
+        chain: [LOOKUP_NGRAM] shares; or empty, and the text takes no part.
+        ngrams: or None.
+
+    Raises:
+        ValueError: a weight is not finite, a share outside [0, 1], or a list is too short.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[tuple[float, float, float, Sequence[float]]],
+        chain: Sequence[float],
+        ngrams: Ngrams | None,
+    ) -> None: ...
+
+def dynamic_drafter(model: Model, guesses: GuessModel, max_nodes: int) -> Drafter:
+    """Medusa heads for which each step grows a tree of up to max_nodes nodes, the root counted.
+
+    Raises:
+        ValueError: the model has other heads than the weights are for, a token of the n-grams is
+            beyond the vocabulary, or max_nodes is not 1 to 256.
+    """
+
+def grow_tree(
+    guesses: GuessModel,
+    tokens: Sequence[int],
+    ids: NDArray[np.int32],
+    logits: NDArray[np.float32],
+    max_nodes: int,
+    max_depth: int,
 ) -> list[tuple[int, int]]:
-    """Where the ends of texts stood before, as the drafter finds it.
+    """The tree of a greedy step, as (parent, token) of each node but the root.
 
     Args:
-        tokens: of the longest text.
-        start: tokens of the first text, 1 or more.
-        stop: one more than those of the last; each text has one token more than the one before.
-        max_ngram: equal tokens that count at most.
-
-    Returns:
-        For each text the number of equal tokens, 0 where there are none, and the index of the token
-        that followed them.
+        guesses: of the trees.
+        tokens: of the text.
+        ids: [K, W] that heads offer after it, best first.
+        logits: of these.
+        max_nodes: the root counted.
+        max_depth: of nodes below the root.
 
     Raises:
-        ValueError: there are no such texts, or max_ngram is below 1.
+        ValueError: arguments do not fit each other.
     """
+
+def walk_guesses(
+    guesses: GuessModel,
+    tokens: Sequence[int],
+    start: int,
+    end: int,
+    ids: NDArray[np.int32],
+    logits: NDArray[np.float32],
+    max_nodes: int,
+) -> list[int]:
+    """Tokens of an answer, counted from 0, at which steps of greedy decoding begin.
+
+    Args:
+        guesses: of the trees.
+        tokens: of the text, up to the answer's end at least.
+        start: of the answer in it, 1 or more.
+        end: of the answer, not included.
+        ids: [K, end - start - 1, W] that heads offered after each token but the last, best first.
+        logits: of these.
+        max_nodes: of a tree, the root counted.
+
+    Raises:
+        ValueError: arguments do not fit each other.
+    """
+
+class Judged(TypedDict):
+    """What was offered where the tokens before are the answer's own; R rows, C offers.
+
+    Attributes:
+        log_share: [R, K, C], -inf where there is no offer.
+        gain: [R, K, C] of the n-grams.
+        right: [R, K] which is the answer's token; -1 none, -2 beyond the answer.
+        told: [R, K] which the text said before; -1 none.
+        matched: [R, K] how many tokens were equal there.
+        found: [R] equal tokens before the root, 0 where there are none.
+        kept: [R] tokens that followed them and are right, in a row.
+    """
+
+    log_share: NDArray[np.float32]
+    gain: NDArray[np.float32]
+    right: NDArray[np.int8]
+    told: NDArray[np.int8]
+    matched: NDArray[np.int8]
+    found: NDArray[np.int8]
+    kept: NDArray[np.int8]
+
+def judge_guesses(
+    ngrams: Ngrams | None,
+    tokens: Sequence[int],
+    start: int,
+    end: int,
+    ids: NDArray[np.int32],
+    logits: NDArray[np.float32],
+    with_lookup: bool,
+) -> Judged:
+    """What a dynamic tree could take; arguments and errors as for `walk_guesses`."""
 
 def prompt_lookup_drafter(
     *,

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from medusa_ext import _core
 from medusa_ext.answers import Answer, Batch, Stream, Submission, complete
 from medusa_ext.calibration.file import (
+    LOOKUP,
+    STATIC,
     Calibration,
     auto_tree,
     check_lookup,
     find_calibration,
-    takes_lookup,
+    kind_of_trees,
 )
 from medusa_ext.chat import Chat
 from medusa_ext.detokenize import DetokenizerFactory, Transformers
@@ -88,7 +90,8 @@ class Engine:
             tree: of guesses from Medusa heads: "auto" (what `medusa-ext calibrate` found, on a CPU
                 with as many nodes as are fastest here, see `medusa_ext.tuning`; else the best nodes
                 of a published tree, 16 on a CPU and 64 on a GPU), another number of nodes, a name,
-                a JSON file, a list (or array) of paths, or a `TreeSpec`.
+                a JSON file, a list (or array) of paths, or a `TreeSpec`. With "auto" or a number,
+                and calibrated heads, each step on a CPU grows a tree of its own of as many nodes.
             max_batch: sequences that decode side by side; more requests wait.
             max_context: tokens of prompt and output together, at most the model's own; None: the
                 model's own.
@@ -99,11 +102,11 @@ class Engine:
             head_vocab: how many tokens Medusa heads choose among, the most frequent ones; "auto":
                 those of draft_tokens.json beside the heads, or all where there is none; None: all.
                 Fewer make a step faster and guess a little worse; never another output.
-            lookup: whether what followed the same tokens earlier in the text takes the place of
-                guesses from Medusa heads that are worth less. It takes a calibrated tree ("auto" or
-                a number of nodes). None: where that is so, on a CPU; on a GPU guesses then come
-                from the host. Typical acceptance goes without. Not heads="prompt-lookup", which
-                guesses where there are no heads.
+            lookup: whether what followed the same tokens earlier in the text takes part in trees
+                that steps grow. It takes calibrated heads, and a tree that is "auto" or a number of
+                nodes. None: where that is so, on a CPU; on a GPU trees then come from the host.
+                Typical acceptance goes without. Not heads="prompt-lookup", which guesses where
+                there are no heads.
             isa: instruction set of the CPU's kernels, "" for the best: "generic", "avx2" or
                 "avx512".
             drafter: your own `medusa_ext.Drafter`, instead of heads.
@@ -143,8 +146,8 @@ class Engine:
             raise ValueError(
                 "lookup is True, but it takes part beside Medusa heads; there are none"
             )
-        self._lookup = takes_lookup(lookup, tree, found, kind)
-        auto = auto_tree(found, kind, stored, backend.threads, with_lookup=self._lookup)
+        self._trees = kind_of_trees(lookup, tree, found, kind)
+        auto = auto_tree(found, kind, stored, backend.threads, self._trees)
         self._tree = tree_for(checkpoint.config, tree, *auto)
         if self._tree is not None and self._tree.depth > backend.max_tree_depth:
             raise ValueError(
@@ -154,7 +157,8 @@ class Engine:
         if self._tree is None and drafter is None and heads is not None:
             drafter = _core.prompt_lookup_drafter()
         limits = limits.within(checkpoint.config["max_context"])
-        guesses = Guesses.of(self._tree, drafter)
+        heads_run = None if self._trees == STATIC else checkpoint.config["heads"]["num_heads"]
+        guesses = Guesses.of(self._tree, drafter, heads_run)
         sizes = Sizes(checkpoint, kind, stored, limits, guesses)
         check_memory(sizes, backend)
 
@@ -176,11 +180,14 @@ class Engine:
                 self._tree = self._tuned(self._tree, found, sizes, backend)
             self._drafter_name = f"{self._config['heads']['num_heads']} Medusa heads"
             if self._tree.num_nodes > 1:
-                if found is not None and self._lookup:
-                    self._drafter_name += " and lookup"
-                    self._drafter = found.drafter(self._model, self._tree, with_lookup=True)
-                else:
+                if found is None or self._trees == STATIC:
                     self._drafter = _core.medusa_drafter(self._model, self._tree)
+                else:
+                    self._drafter = found.drafter(self._model, self._tree.num_nodes, self._trees)
+                    sources = [self._drafter_name]
+                    sources += ["n-grams"] if found.ngrams is not None else []
+                    sources += ["lookup"] if self._trees == LOOKUP else []
+                    self._drafter_name = f"{', '.join(sources)}; dynamic trees"
         elif heads is not None:
             self._drafter_name = "prompt lookup"
         self._session = _core.Session(
@@ -327,7 +334,8 @@ class Engine:
     def tree(self) -> list[list[int]] | None:
         """Paths of the tree of guesses; None where the drafter makes its own or there is none.
 
-        With lookup the text's own guesses take the place of some of its nodes.
+        Where steps grow trees of their own (see `info`), that of as many nodes which would be best
+        if it were the same for all.
         """
         return None if self._tree is None else self._tree.paths()
 
@@ -374,7 +382,7 @@ class Engine:
             self._model,
             found,
             lambda count: fits(replace(sizes, guesses=Guesses(count, heads)), backend),
-            with_lookup=self._lookup,
+            self._trees,
         )
         return tree if nodes is None else _core.TreeSpec.from_paths(found.tree[: nodes - 1])
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from medusa_ext import _core
-from medusa_ext.calibration.file import auto_tree, find_calibration, takes_lookup
+from medusa_ext.calibration.file import STATIC, auto_tree, find_calibration, kind_of_trees
 from medusa_ext.device import check_model, kind_of, open_device
 from medusa_ext.loading import Checkpoint, Stored, weight_bytes
 from medusa_ext.loading.files import FLOAT_BYTES
@@ -88,10 +88,15 @@ class Guesses:
     heads: int = 0
 
     @staticmethod
-    def of(tree: _core.TreeSpec | None, drafter: _core.Drafter | None) -> Guesses:
-        """Those of a tree for Medusa heads, of another drafter, or of none."""
+    def of(
+        tree: _core.TreeSpec | None, drafter: _core.Drafter | None, heads: int | None = None
+    ) -> Guesses:
+        """Those of a tree for Medusa heads, of another drafter, or of none.
+
+        `heads` run for dynamic trees of as many nodes as `tree` has, whatever its depth.
+        """
         if tree is not None:
-            return Guesses(tree.num_nodes, tree.depth)
+            return Guesses(tree.num_nodes, tree.depth if heads is None else heads)
         if drafter is not None:
             return Guesses(integer("the drafter's max_nodes", drafter.max_nodes, 1, _MAX_NODES))
         return Guesses()
@@ -160,7 +165,7 @@ def plan(sizes: Sizes) -> MemoryPlan:
     """Return what an engine of these sizes takes, but for what layouts of floats are padded by.
 
     The formulas are those of csrc/core/scheduler.cpp (cache), forward.cpp (workspace) and
-    medusa_drafter.cpp (heads); tests hold them equal.
+    head_runner.cpp (heads); tests hold them equal.
     """
     weights, heads = weight_bytes(sizes.checkpoint.entries, sizes.stored)
     return MemoryPlan(
@@ -315,16 +320,17 @@ def forecast(
     check_model(checkpoint.config, stored.dtype, kind)
     threads = 0 if backend is None else backend.threads
     found = find_calibration(checkpoint)
-    with_lookup = takes_lookup(None, tree, found, kind)
-    auto = auto_tree(found, kind, stored, threads, with_lookup=with_lookup)
+    trees = kind_of_trees(None, tree, found, kind)
+    auto = auto_tree(found, kind, stored, threads, trees)
     spec = tree_for(checkpoint.config, tree, *auto)
+    heads = None if trees == STATIC else checkpoint.config["heads"]["num_heads"]
     drafter = _core.prompt_lookup_drafter() if guesses else None
     sizes = Sizes(
         checkpoint,
         kind,
         stored,
         limits.within(checkpoint.config["max_context"]),
-        Guesses.of(spec, drafter),
+        Guesses.of(spec, drafter, heads),
     )
     made = Forecast(device, plan(sizes), sizes.limits.tokens, stored, absent=absent)
     if backend is None:

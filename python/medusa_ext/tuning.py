@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from medusa_ext import _core
-from medusa_ext.calibration.file import Calibration, predictions
+from medusa_ext.calibration.file import DYNAMIC, LOOKUP, STATIC, Calibration, predictions
 from medusa_ext.trees import Paths
 
 COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64)
@@ -57,8 +57,7 @@ def best_nodes(
     model: _core.Model,
     found: Calibration,
     fits: Callable[[int], bool],
-    *,
-    with_lookup: bool = False,
+    kind: str = STATIC,
 ) -> int | None:
     """Return the number of nodes that makes most tokens a second here.
 
@@ -66,7 +65,7 @@ def best_nodes(
         model: with heads, on a CPU.
         found: the calibration of its heads.
         fits: whether memory holds a session with so many nodes.
-        with_lookup: whether the text so far takes part in the guesses.
+        kind: of trees.
 
     Returns:
         The root counted; 1 where guessing does not pay. None where timing is switched off, would
@@ -79,11 +78,11 @@ def best_nodes(
     if not counts:
         return None
     folder = cache_folder()
-    key = key_of(model, found.tree, counts[-1]) | {"lookup": with_lookup}
-    tokens = tokens_per_step(found, with_lookup=with_lookup)
+    key = key_of(model, found.tree, counts[-1]) | {"guesses": kind}
+    tokens = tokens_per_step(found, kind)
     times = None if folder is None else read_times(folder, key)
     if times is None:
-        samples = step_times(model, found, counts, tokens)
+        samples = step_times(model, found, counts, tokens, kind)
         if samples is None:
             return None
         times = {count: statistics.median(seconds) for count, seconds in samples.items()}
@@ -92,18 +91,16 @@ def best_nodes(
     return choose(tokens, {n: t for n, t in times.items() if n in counts})
 
 
-def tokens_per_step(found: Calibration, *, with_lookup: bool = False) -> list[float]:
-    """Return how many tokens a step emits with the first 1, 2, ... nodes of a calibrated tree.
+def tokens_per_step(found: Calibration, kind: str = STATIC) -> list[float]:
+    """Return how many tokens a step emits with trees of 1, 2, ... nodes.
 
-    What lookup adds is known of some numbers of nodes, and between these a straight line is taken.
+    Of dynamic trees some sizes were calibrated, and between these a straight line is taken.
     """
     tokens = 1.0 + np.cumsum([0.0, *found.content["values"]])
-    if with_lookup:
-        alone = predictions(found.content, with_lookup=False)
-        both = predictions(found.content, with_lookup=True)
-        key = "tokens_per_later_step"
-        gains = {1: 0.0} | {nodes: both[nodes][key] - alone[nodes][key] for nodes in sorted(both)}
-        tokens += np.interp(np.arange(1, len(tokens) + 1), list(gains), list(gains.values()))
+    if kind != STATIC:
+        known = predictions(found.content, kind)
+        steps = {1: 1.0} | {count: known[count]["tokens_per_later_step"] for count in sorted(known)}
+        tokens = np.interp(np.arange(1, len(tokens) + 1), list(steps), list(steps.values()))
     result: list[float] = tokens.tolist()
     return result
 
@@ -135,6 +132,7 @@ def step_times(
     found: Calibration,
     counts: Sequence[int],
     tokens: Sequence[float],
+    kind: str = STATIC,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, list[float]] | None:
     """Measure what a step takes with some numbers of nodes, in sessions of their own.
@@ -145,23 +143,25 @@ def step_times(
 
     Args:
         model: with heads.
-        found: the calibration, whose tree each size is a beginning of.
+        found: the calibration of its heads.
         counts: numbers of nodes, rising, the first being 1. Once one cannot pay, the greater ones
             are left out; if the first takes so long that there is no time for all, only each
             second, third, ... is measured.
         tokens: that a step emits with 1, 2, ... nodes.
+        kind: of trees; what the text guesses takes no time, so it takes no part.
         clock: seconds.
 
     Returns:
         Seconds of each step by number of nodes; None where there is no time for two sizes.
     """
+    kind = DYNAMIC if kind == LOOKUP else kind
     lanes: dict[int, _Lane] = {}
     first: Times = {}
     began, stride = clock(), 1
     for index, count in enumerate(counts):
         if index % stride:
             continue
-        lanes[count] = _Lane(model, found.tree[: count - 1])
+        lanes[count] = _Lane(model, found, count, kind)
         first[count] = min(lanes[count].step() for _ in range(2))
         spent = clock() - began
         if index == 0:
@@ -197,24 +197,21 @@ def _most_nodes(max_context: int) -> int:
 class _Lane:
     """A text that is decoded with one size of tree, a step at a time, over and over."""
 
-    def __init__(self, model: _core.Model, paths: Paths) -> None:
+    def __init__(self, model: _core.Model, found: Calibration, nodes: int, kind: str) -> None:
         config = json.loads(model.config)
         self.context, length = _sizes(config["max_context"])
         # What the text says hardly matters: what a step takes depends on its rows.
         self.prompt = [token % config["vocab_size"] for token in range(length)]
-        drafter = None
-        if paths:
-            drafter = _core.medusa_drafter(model, _core.TreeSpec.from_paths(paths))
         self.session = _core.Session(
             model,
-            drafter,
+            None if nodes == 1 else found.drafter(model, nodes, kind),
             max_batch=1,
             max_context=self.context,
             cache_tokens=self.context,
             prefill_chunk=length,
         )
         # Ends where the whole tree still fits: nearer the context's end trees are smaller.
-        self.max_new_tokens = self.context - length - len(paths) - 1
+        self.max_new_tokens = self.context - length - nodes
         self.begin()
 
     def begin(self) -> None:

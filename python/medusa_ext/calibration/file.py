@@ -6,15 +6,16 @@ One key a line:
 - `heads` [K][R]: how often a head's candidate of rank r is the model's own token, over `counts` [K]
 - `tree`: paths, the most valuable first, so that its beginning is the tree of any number of nodes;
   `values`: how often a step's tokens run through each
-- `lookup` [M][D]: how often the d-th token is right that followed where the text's last m tokens
-  stood before; such guesses take the place of nodes worth less
+- `guesses`: `dynamic` and `lookup`, what counts how much where each step grows a tree of its own,
+  without and with the text so far (`medusa_ext.calibration.guesses`)
 - `predicted`: for each number of nodes the tokens per step on text that did not choose the tree,
-  and its standard error over texts; `with_lookup`: the same where the text takes part
+  and its standard error over texts; `dynamic` and `lookup`: the same of trees that steps grow
 - `by_category`: `heads`, `counts` and tokens per step by the data's own categories
-- `step_times`: a row for each device: seconds of a step by number of nodes, and the best number
+- `step_times`: a row for each device and kind of trees (`guesses`: static, dynamic or lookup):
+  seconds of a step by number of nodes, and the best number
 - `check`: prediction against measurement, on prompts that were not used, and on which device
 
-Old files lack `lookup` and what belongs to it.
+Old files lack `guesses` and what belongs to it.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from medusa_ext import _core
-from medusa_ext.calibration.lookup import NGRAM
+from medusa_ext.calibration.guesses import NGRAM, Weights, compiled
 from medusa_ext.device import AUTO_NODES
 from medusa_ext.loading import Checkpoint, LoadError, Stored
 from medusa_ext.loading.exporting import CALIBRATION_FILE, CALIBRATION_KEY
+from medusa_ext.loading.ngrams import Ngrams, find_ngrams
 from medusa_ext.options import shown
 from medusa_ext.trees import MAX_NODES, Paths, Tree, is_chosen, resolve_tree
 
@@ -40,7 +43,10 @@ _MAX_BYTES = 16 << 20
 _REPAIR = "make it again with `medusa-ext calibrate`, or remove it"
 
 # Of step_times, and of check.
-_SAME_DEVICE = ("device", "detail", "weights", "dtype", "threads", "lookup")
+_SAME_DEVICE = ("device", "detail", "weights", "dtype", "threads", "guesses")
+
+# Kinds of trees: the calibrated one; those that steps grow; these with the text so far.
+STATIC, DYNAMIC, LOOKUP = "static", "dynamic", "lookup"
 
 # What each key must hold: a type, [of all], or {key: of its value}, ... standing for any key;
 # (of it,) may also be null or absent.
@@ -63,14 +69,17 @@ _SHAPE = {
             "threads": int,
             "nodes": int,
             "seconds": {...: float},
-            "lookup": (bool,),
+            "guesses": (str,),
         }
     ],
 }
-_LOOKUP = {
-    "lookup": [[float]],
-    "predicted": [{"with_lookup": _STEPS}],
-    "by_category": {...: {"with_lookup": {...: float}}},
+_GUESSES = {
+    "guesses": {
+        kind: {"heads": [[float]], "lookup": [[float]], "chain": [float]}
+        for kind in (DYNAMIC, LOOKUP)
+    },
+    "predicted": [{DYNAMIC: _STEPS, LOOKUP: _STEPS}],
+    "by_category": {...: {DYNAMIC: {...: float}, LOOKUP: {...: float}}},
 }
 _CHECK = {
     "device": {...: object},
@@ -88,35 +97,37 @@ class Calibration:
         tree: paths, the most valuable first.
         step_times: rows with device, weights, dtype, threads, seconds and nodes.
         content: as in the file.
+        ngrams: of the heads, which lie beside the file; None: there are none.
     """
 
     tree: Paths
     step_times: list[dict[str, Any]]
     content: dict[str, Any]
+    ngrams: Ngrams | None = None
 
     @property
-    def knows_lookup(self) -> bool:
-        """Whether it says what the text so far is worth, and so may take part."""
-        return bool(self.content.get("lookup"))
+    def knows_guesses(self) -> bool:
+        """Whether it says what counts how much, so that steps may grow trees."""
+        return bool(self.content.get("guesses"))
 
-    def drafter(
-        self, model: _core.Model, tree: _core.TreeSpec, *, with_lookup: bool
-    ) -> _core.Drafter:
+    @cached_property
+    def _ngrams(self) -> _core.Ngrams | None:
+        return compiled(self.ngrams)
+
+    def drafter(self, model: _core.Model, nodes: int, kind: str) -> _core.Drafter:
         """Make a drafter.
 
         Args:
             model: with the heads.
-            tree: a beginning of `self.tree`.
-            with_lookup: whether the text so far takes part.
+            nodes: of a tree, the root counted; of `self.tree` the first.
+            kind: of trees.
         """
-        if not with_lookup:
-            return _core.medusa_drafter(model, tree)
-        values = dict(zip(map(tuple, self.tree), self.content["values"], strict=True))
-        return _core.medusa_drafter(
-            model, tree, [values[tuple(path)] for path in tree.paths()], self.content["lookup"]
-        )
+        if kind == STATIC:
+            return _core.medusa_drafter(model, _core.TreeSpec.from_paths(self.tree[: nodes - 1]))
+        weights = Weights.of(self.content["guesses"][kind])
+        return _core.dynamic_drafter(model, weights.model(self._ngrams), nodes)
 
-    def nodes_for(self, device: str, stored: Stored, threads: int, *, with_lookup: bool) -> int:
+    def nodes_for(self, device: str, stored: Stored, threads: int, kind: str) -> int:
         """Return the number of nodes that was best on the device most like this one."""
         rows = [row for row in self.step_times if row["device"] == device]
         if not rows:
@@ -124,7 +135,7 @@ class Calibration:
         like = max(  # the last of several that are equally like
             enumerate(rows),
             key=lambda at: (
-                bool(at[1].get("lookup")) == with_lookup,
+                kind_of_row(at[1]) == kind,
                 weights_of(at[1]) == stored.text,
                 at[1]["dtype"] == stored.dtype,
                 -abs(at[1]["threads"] - threads),
@@ -139,16 +150,19 @@ def find_calibration(checkpoint: Checkpoint) -> Calibration | None:
 
     One that does not fit them is a warning: it is of no use, but guesses never change the output.
     """
-    info = checkpoint.heads_info
+    info, found = checkpoint.heads_info, None
     try:
         if info is not None and info.format == "export":
             text = (checkpoint.metadata or {}).get(CALIBRATION_KEY)
-            return None if text is None else _parsed(text, str(info.path), checkpoint.config)
-        if info is not None and (info.path / CALIBRATION_FILE).is_file():
-            return read_calibration(info.path / CALIBRATION_FILE, checkpoint.config)
+            if text is not None:
+                found = _parsed(text, str(info.path), checkpoint.config)
+        elif info is not None and (info.path / CALIBRATION_FILE).is_file():
+            found = read_calibration(info.path / CALIBRATION_FILE, checkpoint.config)
     except LoadError as error:
         warnings.warn(f"{error}; a published tree is used", stacklevel=3)
-    return None
+    if found is not None and found.knows_guesses:
+        found = replace(found, ngrams=find_ngrams(checkpoint))
+    return found
 
 
 def check_lookup(asked: object, tree: Tree) -> None:
@@ -157,16 +171,16 @@ def check_lookup(asked: object, tree: Tree) -> None:
         raise ValueError(f"lookup must be True, False or None, got {shown(asked)}")
     if asked and not is_chosen(tree):
         raise ValueError(
-            f"lookup is True, but the tree {shown(tree)} is your own, and what its nodes are worth "
-            'is not known; give tree="auto" or a number of nodes'
+            f"lookup is True, but the tree {shown(tree)} is your own, which leaves the text no "
+            'room; give tree="auto" or a number of nodes'
         )
 
 
-def takes_lookup(asked: bool | None, tree: Tree, found: Calibration | None, device: str) -> bool:
-    """Whether the text so far takes part beside Medusa heads.
+def kind_of_trees(asked: bool | None, tree: Tree, found: Calibration | None, device: str) -> str:
+    """Which kind of trees Medusa heads guess.
 
     Args:
-        asked: what the user wants; None: what is best.
+        asked: whether the user wants the text so far to take part; None: what is best.
         tree: as for `Engine`.
         found: the calibration of the heads.
         device: "cpu" or "cuda", where guesses would have to come from the host.
@@ -174,17 +188,21 @@ def takes_lookup(asked: bool | None, tree: Tree, found: Calibration | None, devi
     Raises:
         ValueError: it is wanted, and nothing is known of it.
     """
-    known = found is not None and found.knows_lookup
+    known = found is not None and found.knows_guesses
     if asked and not known:
         raise ValueError(
             "lookup is True, but no calibration says what it is worth beside these heads; run "
             "`medusa-ext calibrate`, or leave lookup out"
         )
-    return known and is_chosen(tree) and (device == "cpu" if asked is None else asked)
+    if not (known and is_chosen(tree)):
+        return STATIC
+    if asked or (asked is None and device == "cpu"):
+        return LOOKUP
+    return DYNAMIC if device == "cpu" else STATIC
 
 
 def auto_tree(
-    found: Calibration | None, device: str, stored: Stored, threads: int, *, with_lookup: bool
+    found: Calibration | None, device: str, stored: Stored, threads: int, kind: str
 ) -> tuple[int, Paths | None]:
     """The nodes of the tree to use, the root counted, and its paths, the most valuable first.
 
@@ -193,11 +211,11 @@ def auto_tree(
         device: "cpu" or "cuda".
         stored: types of weights and cache.
         threads: of the CPU.
-        with_lookup: whether the text so far takes part.
+        kind: of trees.
     """
     if found is None:
         return AUTO_NODES[device], None
-    return found.nodes_for(device, stored, threads, with_lookup=with_lookup), found.tree
+    return found.nodes_for(device, stored, threads, kind), found.tree
 
 
 def read_calibration(path: Path, config: Mapping[str, Any]) -> Calibration:
@@ -221,11 +239,14 @@ def read_calibration(path: Path, config: Mapping[str, Any]) -> Calibration:
     return _parsed(text, str(path), config)
 
 
-def predictions(content: Mapping[str, Any], *, with_lookup: bool) -> dict[int, dict[str, Any]]:
-    """What a calibration's content predicts, by number of nodes."""
-    return {
-        row["nodes"]: row["with_lookup"] if with_lookup else row for row in content["predicted"]
-    }
+def predictions(content: Mapping[str, Any], kind: str) -> dict[int, dict[str, Any]]:
+    """What a calibration's content predicts of a kind of trees, by number of nodes."""
+    return {row["nodes"]: row if kind == STATIC else row[kind] for row in content["predicted"]}
+
+
+def kind_of_row(row: Mapping[str, Any]) -> str:
+    """The kind of trees of a row of step_times; old rows lack it."""
+    return str(row.get("guesses") or STATIC)
 
 
 def weights_of(row: Mapping[str, Any]) -> str:
@@ -236,7 +257,7 @@ def weights_of(row: Mapping[str, Any]) -> str:
 def device_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a row of step_times that names what was measured."""
     known = {name: row.get(name) for name in _SAME_DEVICE}
-    return known | {"weights": weights_of(row), "lookup": bool(row.get("lookup"))}
+    return known | {"weights": weights_of(row), "guesses": kind_of_row(row)}
 
 
 def check_here(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,14 +324,20 @@ def _checked(content: object, config: Mapping[str, Any]) -> Calibration:
     for row in (*content["predicted"], *rows):
         if not 1 <= row["nodes"] <= MAX_NODES:
             raise ValueError(f"nodes is {row['nodes']}; wanted 1 to {MAX_NODES}")
-    shares = list(content["values"])
-    if "lookup" in content:
-        _match(content, _LOOKUP)
-        if not 1 <= len(content["lookup"]) <= NGRAM:
-            raise ValueError(f"lookup has {len(content['lookup'])} rows; wanted 1 to {NGRAM}")
-        shares += [share for row in content["lookup"] for share in row]
-    if not all(0 <= share <= 1 for share in shares):
-        raise ValueError("values and lookup must lie in [0, 1]")
+    if not all(0 <= share <= 1 for share in content["values"]):
+        raise ValueError("values must lie in [0, 1]")
+    if "guesses" in content:
+        _match(content, _GUESSES)
+        for kind, length in ((DYNAMIC, 0), (LOOKUP, NGRAM)):
+            given = content["guesses"][kind]
+            sizes = [len(row) for row in given["lookup"]] + [len(given["chain"])]
+            heads = [len(row) for row in given["heads"]]
+            if sizes != [length] * (own["num_heads"] + 1) or heads != [3] * own["num_heads"]:
+                raise ValueError(
+                    f"guesses.{kind} has not 3 weights and {length} of lookup for each of "
+                    f"{own['num_heads']} heads, and {length} of chain"
+                )
+            Weights.of(given).model(None)  # which refuses what is out of range
     if len(content["values"]) != len(tree):
         raise ValueError(f"it has {len(content['values'])} values for {len(tree)} paths")
     for part in (content, *content["by_category"].values()):

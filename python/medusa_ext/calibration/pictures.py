@@ -13,7 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from medusa_ext.calibration.file import check_here, predictions, weights_of
+from medusa_ext.calibration.file import check_here, kind_of_row, predictions, weights_of
 from medusa_ext.device import AUTO_NODES
 from medusa_ext.loading import LoadError
 
@@ -123,7 +123,7 @@ def speed_figure(content: dict[str, Any]) -> Figure:
     figure = _figure(9.0, 3.8)
     left, right = figure.subplots(1, 2)
     rates = {int(count): rate for count, rate in times["tokens_per_s"].items()}
-    predicted = predictions(content, with_lookup=bool(times.get("lookup")))
+    predicted = predictions(content, kind_of_row(times))
     steps = {count: row["tokens_per_step"] for count, row in predicted.items()}
     _curve(left, rates, "predicted", _PREDICTED)
     _curve(right, steps, "predicted", _PREDICTED)

@@ -1,7 +1,7 @@
 """Where the model's own tokens stood among the candidates of Medusa heads.
 
-The matrix of ranks, and what the text so far said, are all that calibration knows of model and
-heads: accuracies, the tree and the steps that decoding with any tree takes follow from them.
+The matrix of ranks, and the best candidates themselves, are all that calibration knows of model
+and heads: accuracies, the tree and the steps that decoding with any tree takes follow from them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_ext import _core
-from medusa_ext.calibration import lookup
-from medusa_ext.calibration.lookup import LookedUp, Worth
+from medusa_ext.calibration.guesses import Offered
 from medusa_ext.calibration.texts import Text
 from medusa_ext.trees import Paths
 
 BEYOND = -1  # the answer ends before the token that the head guesses
 SCORE_CHUNK = 512
+GUESS_CANDIDATES = _core.GUESS_CANDIDATES
 
 Int = np.intp
 
@@ -37,7 +37,7 @@ class Ranks:
         categories: of the answers; "" where the data name none.
         texts: that the answers stand in.
         num_ranks: candidates that were looked at.
-        looked_up: what the text so far said, of the same rows.
+        answers: and the best candidates, of the same rows.
     """
 
     ranks: NDArray[np.int16]
@@ -45,7 +45,7 @@ class Ranks:
     categories: tuple[str, ...]
     texts: tuple[int, ...]
     num_ranks: int
-    looked_up: LookedUp
+    answers: tuple[Offered, ...]
 
     @property
     def num_heads(self) -> int:
@@ -68,7 +68,7 @@ class Ranks:
             tuple(self.categories[a] for a in answers),
             tuple(self.texts[a] for a in answers),
             self.num_ranks,
-            self.looked_up.choose(rows),
+            tuple(self.answers[a] for a in answers),
         )
 
     def halves(self) -> tuple[Ranks, Ranks]:
@@ -144,43 +144,50 @@ class Walk:
         return (self.tokens - self.answers) / later if later else 0.0
 
 
-def accepted(ranks: Ranks, paths: Paths, worth: Worth | None = None) -> NDArray[Int]:
-    """Return how many guesses a step with this tree keeps at each row, [P].
-
-    With `worth`, whose first values are those of the paths, the text so far takes part.
-    """
+def accepted(ranks: Ranks, paths: Paths) -> NDArray[Int]:
+    """Return how many guesses a step with this tree keeps at each row, [P]."""
     nodes = {(): 0} | {tuple(path): 1 + index for index, path in enumerate(paths)}
     # child[node, rank]; the last column stands for BEYOND and is no child, as is num_ranks.
     child = np.full((len(nodes), ranks.num_ranks + 2), -1, Int)
     for path, node in nodes.items():
         if path and path[-1] < ranks.num_ranks:
             child[nodes[path[:-1]], path[-1]] = node
-    kept = None if worth is None else lookup.kept(ranks.looked_up, paths, child, worth)
     at = np.zeros(len(ranks.ranks), Int)
     depth = np.zeros(len(ranks.ranks), Int)
     for column in ranks.columns:
         at = np.where(at >= 0, child[at, column], -1)
-        if kept is not None:
-            at[~kept.nodes[kept.kind, at]] = -1
         depth += at >= 0
-    return depth if kept is None else np.maximum(depth, kept.right)
+    return depth
 
 
-def walk(ranks: Ranks, paths: Paths, worth: Worth | None = None) -> Walk:
-    """Decode the answers again with a tree, on ranks alone: exactly the steps of an engine.
-
-    With `worth` exactly where answers end for want of room, see `lookup.look_up`.
-    """
-    stride = (accepted(ranks, paths, worth) + 1).tolist()
-    visited = np.zeros(len(stride), bool)
-    steps: list[int] = []  # of each answer
+def walk(ranks: Ranks, paths: Paths) -> Walk:
+    """Decode the answers again with a tree, on ranks alone: exactly the steps of an engine."""
+    stride = (accepted(ranks, paths) + 1).tolist()
+    begun: list[list[int]] = []  # rows of each answer
     for start, end in zip(ranks.starts[:-1].tolist(), ranks.starts[1:].tolist(), strict=True):
-        row, count = start, 1
+        rows, row = [], start
         while row < end:
-            visited[row] = True
+            rows.append(row - start)
             row += stride[row]
-            count += 1
-        steps.append(count)
+        begun.append(rows)
+    return _walk(ranks, begun)
+
+
+def walk_dynamic(ranks: Ranks, guesses: _core.GuessModel, nodes: int) -> Walk:
+    """The same with a tree of so many nodes that each step grows: exactly the steps of an engine.
+
+    An answer that ended by itself is walked as if it had ended for want of room, which its last
+    tokens then lack.
+    """
+    return _walk(ranks, [answer.walk(guesses, nodes) for answer in ranks.answers])
+
+
+def _walk(ranks: Ranks, begun: Sequence[Sequence[int]]) -> Walk:
+    """From the rows of each answer at which steps begin."""
+    visited = np.zeros(len(ranks.ranks), bool)
+    for start, rows in zip(ranks.starts[:-1], begun, strict=True):
+        visited[start + np.asarray(rows, Int)] = True
+    steps = [1 + len(rows) for rows in begun]
     return Walk(ranks.num_tokens, sum(steps), len(steps), visited, _error(ranks, steps))
 
 
@@ -218,7 +225,7 @@ def collect(
         done: called after each text with its tokens.
     """
     parts: list[NDArray[np.int16]] = []
-    said: list[LookedUp] = []
+    answers: list[Offered] = []
     starts, categories, origins = [0], [], []
     for origin, text in enumerate(texts):
         tokens = np.asarray(text.tokens, np.int32)
@@ -227,10 +234,13 @@ def collect(
         for start, end in text.answers:
             rows = hidden[start - 1 : end - 2]
             ids = np.empty((num_heads, len(rows), num_ranks), np.int32)
+            logits = np.empty(ids.shape, np.float32)
             if len(rows):
-                _core.head_candidates(model, rows, ids)
+                _core.head_candidates(model, rows, ids, logits)
             parts.append(_ranks_of(tokens[start:end], ids))
-            said.append(lookup.look_up(text.tokens, start, end, ids))
+            best = slice(0, GUESS_CANDIDATES)
+            ids, logits = ids[..., best].copy(), logits[..., best].copy()
+            answers.append(Offered(text.tokens, start, end, ids, logits))
             starts.append(starts[-1] + len(rows))
             categories.append(text.category)
             origins.append(origin)
@@ -242,7 +252,7 @@ def collect(
         tuple(categories),
         tuple(origins),
         num_ranks,
-        lookup.joined(said, num_heads),
+        tuple(answers),
     )
 
 

@@ -7,9 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from medusa_ext.calibration.file import check_here, weights_of
+from medusa_ext.calibration.file import DYNAMIC, LOOKUP, STATIC, check_here, kind_of_row, weights_of
 
 _RANKS = (1, 2, 5, 10)
+_NAMES = {STATIC: "static", DYNAMIC: "dynamic", LOOKUP: "dynamic (with lookup)"}
 
 
 def print_report(content: dict[str, Any], console: Console) -> None:
@@ -21,8 +22,8 @@ def print_report(content: dict[str, Any], console: Console) -> None:
     console.print(f"\nTrees on {times['device']} ({times['detail']}), {weights_of(times)}:")
     console.print(f"predicted on text that did not choose the tree (± standard error){measured}\n")
     console.print(_nodes(content))
-    if "lookup" in content:
-        console.print(f"tokens/s {'with' if times.get('lookup') else 'without'} lookup")
+    if "guesses" in content:
+        console.print(f"tokens/s of {_NAMES[kind_of_row(times)]} trees")
     console.print('* the best on this device, from which tree="auto" starts')
     if content["by_category"] or check.get("by_category"):
         console.print("\nBy category:\n")
@@ -43,7 +44,7 @@ def _nodes(content: dict[str, Any]) -> Table:
     measured = {row["nodes"]: row for row in check.get("all", [])}
     table = _table(
         ["nodes", "step ms", "tokens/step"]
-        + (["with lookup"] if "lookup" in content else [])
+        + (["dynamic", "with lookup"] if "guesses" in content else [])
         + ["tokens/s"]
         + (["measured tokens/step", "off by", "measured tokens/s"] if check else []),
     )
@@ -56,7 +57,7 @@ def _nodes(content: dict[str, Any]) -> Table:
             f"{1000 * times['seconds'][key]:.2f}",
             *(
                 f"{one['tokens_per_step']:.3f}{_error(one.get('error'))}"
-                for one in (row, row.get("with_lookup"))
+                for one in (row, row.get(DYNAMIC), row.get(LOOKUP))
                 if one
             ),
             f"{times['tokens_per_s'][key]:.1f}",
@@ -75,7 +76,8 @@ def _nodes(content: dict[str, Any]) -> Table:
 def _categories(content: dict[str, Any]) -> Table:
     nodes = [str(count) for count in _few_sizes(content)]
     known, check = content["by_category"], check_here(content).get("by_category", {})
-    steps = "with_lookup" if content["step_times"][-1].get("lookup") else "tokens_per_step"
+    kind = kind_of_row(content["step_times"][-1])
+    steps = "tokens_per_step" if kind == STATIC else kind
     columns = ["category", "head 0 top 1, %", "positions"]
     for count in nodes:
         columns += [f"tokens/step, {count}"] + ([f"measured, {count}"] if check else [])

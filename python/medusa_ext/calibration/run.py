@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from medusa_ext import _core
 from medusa_ext.calibration.file import (
+    DYNAMIC,
+    LOOKUP,
+    STATIC,
     Calibration,
     device_of,
+    kind_of_row,
+    kind_of_trees,
     predictions,
     read_calibration,
     write_calibration,
 )
-from medusa_ext.calibration.lookup import Worth
-from medusa_ext.calibration.ranks import Ranks, collect, walk
+from medusa_ext.calibration.guesses import compiled, fit
+from medusa_ext.calibration.ranks import Ranks, Walk, collect, walk, walk_dynamic
 from medusa_ext.calibration.step_times import PREFILL_CHUNK, Decoders, answer
 from medusa_ext.calibration.texts import Text, read_data, read_prompts
-from medusa_ext.calibration.tree_search import search, value_lookup
+from medusa_ext.calibration.tree_search import search
 from medusa_ext.device import check_model, kind_of, open_device
 from medusa_ext.distill.prompts import Prompt
+from medusa_ext.distill.records import read_records
 from medusa_ext.loading import (
     LoadedModel,
     LoadError,
@@ -32,10 +39,11 @@ from medusa_ext.loading import (
     open_checkpoint,
 )
 from medusa_ext.loading.exporting import CALIBRATION_FILE
+from medusa_ext.loading.ngrams import NGRAMS_FILE, Ngrams, count_ngrams, find_ngrams, save_ngrams
 from medusa_ext.memory import Guesses, Limits, Sizes, check_memory
 from medusa_ext.options import integer
 from medusa_ext.prompts import PromptEncoder
-from medusa_ext.trees import MAX_NODES, MAX_RANKS, Paths
+from medusa_ext.trees import MAX_NODES, MAX_RANKS
 
 NODES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 TIMED_PROMPTS = 8
@@ -47,6 +55,7 @@ _FEW_TOKENS = 5000
 # progress(what, how many in all) -> done(how many more)
 Progress = Callable[[str, int], Callable[[int], None]]
 Content = dict[str, Any]
+_Walks = Callable[[Ranks, int], Walk]  # of texts, with so many nodes
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class Request:
         heads: as for `Engine`.
         data: JSONL of records or prompts to learn from; None: only step times are measured, for
             heads that carry a calibration.
+        ngrams: JSONL of records to count anew which tokens follow which; None given: what
+            ngrams.safetensors beside the heads says.
         prompts: JSONL of prompts for the check; None: no check.
         out: folder of calibration.json; None: that of the heads.
         nodes: numbers of nodes to measure, the root counted; 1, plain decoding, always is. None
@@ -68,13 +79,14 @@ class Request:
         dtype: as for `Engine`.
         threads: as for `Engine`.
         lookup: whether the text so far takes part where decoding is timed and checked; None: as in
-            an `Engine` on this device.
+            an `Engine` on this device, which on a GPU takes the static tree.
         local_files_only: as for `Engine`.
     """
 
     model: str
     heads: str = "auto"
     data: Path | None = None
+    ngrams: Sequence[Path] = ()
     prompts: Path | None = None
     out: Path | None = None
     nodes: Sequence[int] = ()
@@ -119,16 +131,31 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
         )
     elif path.is_file():
         content = read_calibration(path, config).content
-        if request.lookup and "lookup" not in content:
+        if request.lookup and "guesses" not in content:
             raise LoadError(
                 f"{path} does not say what lookup is worth; make it again with --data, or leave "
                 "--lookup out"
+            )
+        if request.ngrams:
+            raise LoadError(
+                "--ngrams changes what everything else follows from; give held-out text with "
+                "--data too"
             )
     else:
         raise LoadError(
             f"{path} does not exist yet; give held-out text with --data, which it is made from"
         )
     nodes = _sizes(request.nodes, content, path)
+    ngrams = find_ngrams(checkpoint)
+    if request.ngrams:
+        records = (
+            record
+            for file in request.ngrams
+            for record in read_records(
+                file, vocab_size=config["vocab_size"], max_context=config["max_context"]
+            )
+        )
+        ngrams = count_ngrams(records, config["vocab_size"])
     asked = [] if request.prompts is None else read_prompts(request.prompts)
     kind = kind_of(backend.name)
     stored = checkpoint.stored(request.weights, request.dtype, kind)
@@ -154,24 +181,22 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
             "model": request.model,
             "vocab_size": config["vocab_size"],
             "data": "" if request.data is None else request.data.name,
-            **work.statistics(texts, nodes),
+            **work.statistics(texts, nodes, ngrams),
             "step_times": [],
         }
     nodes = [count for count in nodes if count <= len(content["tree"]) + 1]
-    calibration = Calibration(content["tree"], content["step_times"], content)
-    with_lookup = calibration.knows_lookup and (
-        kind == "cpu" if request.lookup is None else request.lookup
-    )
-    decoders = Decoders(loaded.model, calibration, nodes, context, with_lookup=with_lookup)
+    calibration = Calibration(content["tree"], content["step_times"], content, ngrams)
+    trees = kind_of_trees(request.lookup, "auto", calibration, kind)
+    decoders = Decoders(loaded.model, calibration, nodes, context, trees)
     row = {
         "device": kind,
         "detail": backend.detail,
         "weights": stored.text,
         "dtype": stored.dtype,
         "threads": backend.threads,
-        "lookup": with_lookup,
+        "guesses": trees,
     }
-    row |= work.step_times(decoders, predictions(content, with_lookup=with_lookup), timed)
+    row |= work.step_times(decoders, predictions(content, trees), timed)
     others = [other for other in content["step_times"] if device_of(other) != device_of(row)]
     content["step_times"] = [*others, row]
     if asked:
@@ -184,6 +209,8 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
                 stacklevel=2,
             )
         content["check"] = work.check(decoders, asked, prompts, content, row)
+    if request.ngrams and ngrams is not None:
+        save_ngrams(path.with_name(NGRAMS_FILE), ngrams)
     write_calibration(path, content)
     return content, path
 
@@ -274,8 +301,10 @@ class _Work:
             for one, tokens, made in zip(prompts, encoded, answers, strict=True)
         ]
 
-    def statistics(self, texts: Sequence[Text], nodes: Sequence[int]) -> Content:
-        """Accuracies, the tree, and what it will do: chosen on one half, predicted on the other."""
+    def statistics(
+        self, texts: Sequence[Text], nodes: Sequence[int], ngrams: Ngrams | None
+    ) -> Content:
+        """Accuracies, trees, and what they will do: chosen on one half, predicted on the other."""
         heads = self.config["heads"]
         ranks = collect(
             self.loaded.model,
@@ -299,26 +328,29 @@ class _Work:
             )
         sizes = [count for count in nodes if count > 1] or NODES[1:]
         paths, values = search(chosen, MAX_NODES - 1, sizes)
-        worth = value_lookup(chosen, paths, values, sizes)
-        worth = Worth(
-            [_short(value) for value in worth.values],
-            [[_short(share) for share in row] for row in worth.lookup],
-        )
         nodes = [count for count in nodes if count <= len(paths) + 1]
+        known = compiled(ngrams)
+        weights = {
+            kind: fit(chosen.answers, known, with_lookup=kind == LOOKUP)
+            for kind in (DYNAMIC, LOOKUP)
+        }
+        walks: dict[str, _Walks] = {STATIC: lambda ranks, count: walk(ranks, paths[: count - 1])}
+        for kind, found in weights.items():
+            walks[kind] = partial(_walk_dynamic, found.model(known))
         return {
             "answers": len(ranks.categories),
             **_accuracies(ranks),
             "tree": paths,
-            "values": worth.values,
-            "lookup": worth.lookup,
+            "values": [_short(value) for value in values],
+            "guesses": {kind: found.content() for kind, found in weights.items()},
             "predicted": [
                 {"nodes": count}
-                | _predicted(held, paths, count)
-                | {"chosen_on": _short(walk(chosen, paths[: count - 1]).tokens_per_step)}
-                | {"with_lookup": _predicted(held, paths, count, worth)}
+                | _predicted(walks[STATIC](held, count))
+                | {"chosen_on": _short(walks[STATIC](chosen, count).tokens_per_step)}
+                | {kind: _predicted(walks[kind](held, count)) for kind in weights}
                 for count in nodes
             ],
-            "by_category": _by_category(ranks, held, paths, nodes, worth),
+            "by_category": _by_category(ranks, held, nodes, walks),
         }
 
     def timed(self, prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -376,12 +408,12 @@ class _Work:
                 done(1)
             if len(texts) > 1:
                 raise _core.InternalError("trees changed the text; please report this")
-        with_lookup = times["lookup"]
-        predicted = predictions(content, with_lookup=with_lookup)
+        kind = kind_of_row(times)
+        predicted = predictions(content, kind)
         by_category = {}
         for name in sorted({one.category for one in asked if one.category}):
             known = content["by_category"].get(name, {})
-            known = known.get("with_lookup" if with_lookup else "tokens_per_step", {})
+            known = known.get("tokens_per_step" if kind == STATIC else kind, {})
             by_category[name] = {
                 str(count): {
                     "predicted": known.get(str(count)),
@@ -432,8 +464,11 @@ class _Measured:
         return self.later_tokens / self.seconds if self.seconds else 0.0
 
 
-def _predicted(ranks: Ranks, paths: Paths, nodes: int, worth: Worth | None = None) -> Content:
-    done = walk(ranks, paths[: nodes - 1], worth)
+def _walk_dynamic(guesses: _core.GuessModel, ranks: Ranks, nodes: int) -> Walk:
+    return walk_dynamic(ranks, guesses, nodes)
+
+
+def _predicted(done: Walk) -> Content:
     return {
         "tokens_per_step": _short(done.tokens_per_step),
         "error": None if done.error is None else _short(done.error),
@@ -451,15 +486,15 @@ def _accuracies(ranks: Ranks) -> Content:
 
 
 def _by_category(
-    ranks: Ranks, held: Ranks, paths: Paths, nodes: Sequence[int], worth: Worth
+    ranks: Ranks, held: Ranks, nodes: Sequence[int], walks: Mapping[str, _Walks]
 ) -> Content:
     """Accuracies over all texts, predictions of those that did not choose the tree."""
     found, predicting = {}, held.by_category()
     for name, part in ranks.by_category().items():
         found[name] = _accuracies(part)
-        for key, said in (("tokens_per_step", None), ("with_lookup", worth)):
-            found[name][key] = {
-                str(count): _predicted(predicting[name], paths, count, said)["tokens_per_step"]
+        for kind, steps in walks.items():
+            found[name]["tokens_per_step" if kind == STATIC else kind] = {
+                str(count): _short(steps(predicting[name], count).tokens_per_step)
                 for count in (nodes if name in predicting else [])
             }
     return found

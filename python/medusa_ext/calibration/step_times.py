@@ -21,24 +21,20 @@ class Decoders:
         calibration: Calibration,
         nodes: Sequence[int],
         context: int,
-        *,
-        with_lookup: bool,
+        kind: str,
     ) -> None:
         """Open the sessions.
 
         Args:
             model: with heads.
-            calibration: its tree is the largest; each tree is a beginning of it.
+            calibration: of the heads.
             nodes: of the trees, the root counted; 1 is plain decoding.
             context: tokens of prompt and output together.
-            with_lookup: whether the text so far takes part.
+            kind: of trees.
         """
         self.sessions = {}
         for count in nodes:
-            drafter = None
-            if count > 1:
-                tree = _core.TreeSpec.from_paths(calibration.tree[: count - 1])
-                drafter = calibration.drafter(model, tree, with_lookup=with_lookup)
+            drafter = calibration.drafter(model, count, kind) if count > 1 else None
             self.sessions[count] = _core.Session(
                 model, drafter, max_batch=1, max_context=context, prefill_chunk=PREFILL_CHUNK
             )

@@ -19,8 +19,6 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_ext.calibration import lookup
-from medusa_ext.calibration.lookup import Worth
 from medusa_ext.calibration.ranks import Ranks, walk
 from medusa_ext.trees import Paths
 
@@ -79,26 +77,6 @@ def search(ranks: Ranks, num_paths: int, nodes: Sequence[int]) -> tuple[Paths, l
             weights += walk(ranks, paths[: count - 1]).visited
         paths, values = best_paths(ranks, num_paths, weights=weights / len(nodes))
     return paths, values
-
-
-def value_lookup(
-    ranks: Ranks, paths: Paths, values: Sequence[float], nodes: Sequence[int]
-) -> Worth:
-    """What the text so far is worth beside the paths, at places where steps begin.
-
-    Args:
-        ranks: that the model's own tokens had, and what the text said.
-        paths: the most valuable first.
-        values: of the paths.
-        nodes: as for `search`.
-    """
-    worth = Worth(values, lookup.shares(ranks.looked_up, np.ones(len(ranks.ranks))))
-    for _ in range(_ROUNDS):
-        weights = np.zeros(len(ranks.ranks))
-        for count in nodes:
-            weights += walk(ranks, paths[: count - 1], worth).visited
-        worth = Worth(values, lookup.shares(ranks.looked_up, weights / len(nodes)))
-    return worth
 
 
 def _shares(

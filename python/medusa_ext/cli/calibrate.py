@@ -30,6 +30,13 @@ def calibrate(
             " Without it only step times are measured, for heads that were calibrated before."
         ),
     ] = None,
+    ngrams: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text that the model wrote (JSONL of distill), to count anew which tokens follow"
+            " which; may be repeated. train has done so for the heads that it made."
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Check the prediction on these prompts: JSONL, none of them in --data."),
@@ -56,7 +63,7 @@ def calibrate(
     lookup: common.Lookup = None,
     local_files_only: common.LocalFilesOnly = False,
 ) -> None:
-    """Measure Medusa heads on held-out text and on this machine, and choose their tree."""
+    """Measure Medusa heads on held-out text and on this machine, and choose their trees."""
     common.quiet_libraries()
     from medusa_ext.calibration import run
     from medusa_ext.calibration.report import print_report
@@ -65,6 +72,7 @@ def calibrate(
         model,
         heads,
         data,
+        tuple(ngrams or ()),
         prompts,
         out,
         tuple(nodes or ()),

@@ -43,8 +43,8 @@ Lookup = Annotated[
     bool | None,
     typer.Option(
         "--lookup/--no-lookup",
-        help="Let what followed the same tokens earlier in the text take the place of poor guesses"
-        " of Medusa heads; on a CPU by default.",
+        help="Let what followed the same tokens earlier in the text guess beside Medusa heads; on a"
+        " CPU by default.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")]

@@ -25,6 +25,7 @@ from medusa_ext.loading.exporting import CALIBRATION_FILE, write_tensors
 from medusa_ext.loading.files import FLOAT_BYTES, ArrayTensors, PickledTensors, SafetensorsTensors
 from medusa_ext.loading.head_rows import DRAFT_TOKENS_FILE
 from medusa_ext.loading.heads import Heads, open_heads
+from medusa_ext.loading.ngrams import NGRAMS_FILE
 from medusa_ext.loading.plan import Entry, TensorSet, can_expand
 from medusa_ext.loading.source import Source, resolve
 
@@ -48,7 +49,7 @@ _OWN_KEYS = (
 # Of a base model's directory, what formats D and F do not take over as it is.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 # Belong to heads, whatever their format.
-_CARRIED = (CALIBRATION_FILE, DRAFT_TOKENS_FILE, "README.md", "LICENSE")
+_CARRIED = (CALIBRATION_FILE, DRAFT_TOKENS_FILE, NGRAMS_FILE, "README.md", "LICENSE")
 _ROWS = 1024  # compared at once
 
 

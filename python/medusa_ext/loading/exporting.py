@@ -24,6 +24,7 @@ from medusa_ext.loading.checkpoint import FORMAT, Checkpoint, open_checkpoint
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.files import FLOAT_BYTES
 from medusa_ext.loading.head_rows import HeadVocab
+from medusa_ext.loading.ngrams import NGRAMS_KEY, find_ngrams, to_text
 from medusa_ext.loading.plan import Entry, count, to_json
 from medusa_ext.loading.source import Source
 from medusa_ext.loading.stored import Stored, check_types
@@ -101,6 +102,7 @@ def _metadata(checkpoint: Checkpoint, stored: Stored) -> dict[str, str]:
         **(to_metadata(tokenizer) if tokenizer is not None else {}),
         **({BLOCKS_KEY: blocks_to_json(stored.blocks)} if stored.blocks else {}),
         **_calibration(checkpoint),
+        **_ngrams(checkpoint),
     }
 
 
@@ -115,6 +117,11 @@ def _calibration(checkpoint: Checkpoint) -> dict[str, str]:
         return {CALIBRATION_KEY: path.read_text(encoding="utf-8")} if path.is_file() else {}
     except (OSError, UnicodeDecodeError) as error:
         raise LoadError(f"cannot read {path}: {error}") from None
+
+
+def _ngrams(checkpoint: Checkpoint) -> dict[str, str]:
+    found = find_ngrams(checkpoint)
+    return {} if found is None else {NGRAMS_KEY: to_text(found)}
 
 
 def write_tensors(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from medusa_ext.loading.errors import LoadError
+from medusa_ext.loading.ngrams import NGRAMS_FILE
 from medusa_ext.options import shown
 
 DEMO = "demo"
@@ -152,7 +153,8 @@ def _download(
 
     try:
         folder = fetch(_SMALL_FILES)
-        if not any(folder.glob("*.safetensors")):  # an old repository: pickles only
+        weights = {path.name for path in folder.glob("*.safetensors")} - {NGRAMS_FILE}
+        if not weights:  # an old repository: pickles only
             folder = fetch(_SMALL_FILES + _PICKLES)
     except Exception as error:
         # The hub client raises its own types and those of whichever HTTP library it uses.

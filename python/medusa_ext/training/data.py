@@ -35,6 +35,10 @@ class Data:
         chosen = zip(self.records, self.held_out, strict=True)
         return sum(int(record.generated.sum()) for record, out in chosen if out == held_out)
 
+    def learned(self) -> list[Record]:
+        """The records that are not set aside."""
+        return [record for record, out in zip(self.records, self.held_out, strict=True) if not out]
+
     def frequent_tokens(self, vocab_size: int) -> list[int]:
         """Tokens that the model wrote most often in what is learned from, by falling frequency.
 
@@ -42,9 +46,8 @@ class Data:
         DRAFT_TOKENS. Tokens that are equally frequent, or absent, come by id.
         """
         counts = np.zeros(vocab_size, np.int64)
-        for record, out in zip(self.records, self.held_out, strict=True):
-            if not out:
-                counts += np.bincount(record.ids[record.generated], minlength=vocab_size)
+        for record in self.learned():
+            counts += np.bincount(record.ids[record.generated], minlength=vocab_size)
         size = min(vocab_size, max(DRAFT_TOKENS, vocab_size // 12))
         chosen: list[int] = np.argsort(-counts, kind="stable")[:size].tolist()
         return chosen

@@ -81,13 +81,12 @@ class Pad:
 
 def records_of(data: Data, eval_positions: int) -> tuple[WholeRecords, WholeRecords]:
     """What to learn from; and what was set aside, up to so many positions."""
-    learn = [r for r, out in zip(data.records, data.held_out, strict=True) if not out]
     held_out, positions = [], 0
     for record, out in zip(data.records, data.held_out, strict=True):
         if out and positions < eval_positions:
             held_out.append(record)
             positions += int(record.generated.sum())
-    return WholeRecords(learn), WholeRecords(held_out)
+    return WholeRecords(data.learned()), WholeRecords(held_out)
 
 
 class TunedModel(nn.Module):

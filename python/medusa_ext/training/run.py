@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from medusa_ext.loading import Checkpoint, LoadError, open_checkpoint
 from medusa_ext.loading.config import read_json
 from medusa_ext.loading.head_rows import DRAFT_TOKENS_FILE
+from medusa_ext.loading.ngrams import NGRAMS_FILE, count_ngrams, save_ngrams
 from medusa_ext.training import medusa1, medusa2
 from medusa_ext.training.accuracy import TREES, compute_metrics
 from medusa_ext.training.data import Data, read_data
@@ -268,7 +269,7 @@ def _write_report(
     figures: Mapping[str, float],
     notes: list[str],
 ) -> None:
-    """README.md, curves.png, training.json and draft_tokens.json into the folder of the heads."""
+    """Card, curves, training.json, draft_tokens.json and ngrams.safetensors for the folder."""
     job, settings, data, checkpoint = run.job, run.settings, run.data, run.checkpoint
     history = trainer.state.log_history
     card = Card(
@@ -284,8 +285,10 @@ def _write_report(
     draw_curves(history, settings.num_heads, folder / "curves.png")
     record = {"settings": asdict(settings), "figures": dict(figures), "history": history}
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    frequent = data.frequent_tokens(checkpoint.config["vocab_size"])
+    vocab_size = checkpoint.config["vocab_size"]
+    frequent = data.frequent_tokens(vocab_size)
     (folder / DRAFT_TOKENS_FILE).write_text(json.dumps(frequent) + "\n", encoding="utf-8")
+    save_ngrams(folder / NGRAMS_FILE, count_ngrams(data.learned(), vocab_size))
 
 
 def _logging(job: Job) -> dict[str, Any]:
