@@ -240,11 +240,11 @@ def dynamic_drafter(
     rng: np.random.Generator, shape: Shape, model: _core.Model, max_nodes: int
 ) -> _core.Drafter:
     """Trees that each step grows, by weights and n-grams that nobody fitted."""
-    with_lookup = bool(rng.random() < 0.7)
+    with_lookup = bool(rng.random() < 0.8)
     weights = Weights(
         rng.normal(0.5, 0.3, (shape.heads, 3)).tolist(),
-        rng.uniform(0, 6, (shape.heads, NGRAM if with_lookup else 0)).tolist(),
-        rng.random(NGRAM).tolist() if with_lookup else [],
+        rng.uniform(0, 8, (shape.heads, NGRAM if with_lookup else 0)).tolist(),
+        rng.uniform(0.6, 1, NGRAM).tolist() if with_lookup else [],
     )
     ngrams = None
     if rng.random() < 0.7:
