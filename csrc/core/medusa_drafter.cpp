@@ -163,7 +163,8 @@ class DynamicDrafter final : public Drafter {
       }
       ready.push_back(i);
       hidden.push_back(input.hidden);
-      depth = std::max(depth, std::min(input.max_depth, heads_.num_heads()));
+      // Below the root no path is longer than there are nodes.
+      depth = std::max(depth, std::min({input.max_depth, heads_.num_heads(), nodes(input) - 1}));
     }
     if (ready.empty()) return;
     width = std::min(heads_.vocab_size(), width);
