@@ -1,6 +1,7 @@
 """medusa-ext calibrate: its prediction is what engines do, and its file is what they use."""
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -29,12 +30,12 @@ from calibration_util import (
 )
 from medusa_ext import Engine, _core
 from medusa_ext.calibration.file import DYNAMIC, LOOKUP, STATIC, read_calibration
-from medusa_ext.calibration.guesses import Weights, fit
-from medusa_ext.calibration.ranks import BEYOND, walk, walk_dynamic
+from medusa_ext.calibration.guesses import fit
+from medusa_ext.calibration.ranks import BEYOND, Walk, joined, walk, walk_dynamic
 from medusa_ext.calibration.report import print_report
 from medusa_ext.calibration.run import Request, _Measured, _Work, calibrate
 from medusa_ext.calibration.texts import Text
-from medusa_ext.calibration.tree_search import best_paths
+from medusa_ext.calibration.tree_search import best_paths, search
 from medusa_ext.loading import Stored, export, load_model, open_checkpoint
 from medusa_ext.loading.exporting import CALIBRATION_FILE as FILE_NAME
 from medusa_ext.trees import named_tree
@@ -178,25 +179,42 @@ def test_file_holds_what_the_data_say(calibrated, pair, answered):
     np.testing.assert_allclose(content["heads"], shares[:, :64], rtol=1e-5)
     assert content["counts"] == counts.tolist()
     assert content["tokens"] == sum(len(answer) for _, answer in answered)
-    chosen, held = ranks.halves()
-    for row in content["predicted"]:
-        tree = content["tree"][: row["nodes"] - 1]
-        assert row["tokens_per_step"] == pytest.approx(walk(held, tree).tokens_per_step, rel=1e-5)
-        error = walk(held, tree).error
-        assert row["error"] == pytest.approx(error, rel=1e-5)
-        assert row["nodes"] == 1 or 0 < error < 0.3
-        assert row["chosen_on"] == pytest.approx(walk(chosen, tree).tokens_per_step, rel=1e-5)
-        for kind in (DYNAMIC, LOOKUP):
+    sizes = [4, 16]
+    tree, values = search(ranks, 255, sizes)
+    assert content["tree"] == tree
+    np.testing.assert_allclose(content["values"], values, rtol=1e-5)
+    for kind in (DYNAMIC, LOOKUP):
+        weights = fit(ranks.answers, None, with_lookup=kind == LOOKUP)
+        assert content["guesses"][kind] == weights.content()
+
+    def crossed(kind: str, nodes: int, category: str = "") -> Walk:
+        """Each half with what the other one chose."""
+        walks = []
+        for chosen, held in itertools.permutations(ranks.halves()):
+            held = held.by_category()[category] if category else held
+            if kind == STATIC:
+                walks.append(walk(held, search(chosen, 255, sizes)[0][: nodes - 1]))
+                continue
             weights = fit(chosen.answers, None, with_lookup=kind == LOOKUP)
-            assert content["guesses"][kind] == weights.content()
-            guesses = Weights.of(content["guesses"][kind]).model(None)
-            steps = walk_dynamic(held, guesses, row["nodes"]).tokens_per_step
-            assert row[kind]["tokens_per_step"] == pytest.approx(steps, rel=1e-5)
+            walks.append(walk_dynamic(held, weights.model(None), nodes))
+        return joined(walks)
+
+    for row in content["predicted"]:
+        nodes = row["nodes"]
+        alone = walk(ranks, tree[: nodes - 1])
+        assert row["chosen_on"] == pytest.approx(alone.tokens_per_step, rel=1e-5)
+        for kind, predicted in ((STATIC, row), (DYNAMIC, row[DYNAMIC]), (LOOKUP, row[LOOKUP])):
+            done = crossed(kind, nodes)
+            assert len(done.texts) == len(texts)
+            assert predicted["tokens_per_step"] == pytest.approx(done.tokens_per_step, rel=1e-5)
+            assert predicted["error"] == pytest.approx(done.error, rel=1e-5)
+            assert nodes == 1 or 0 < done.error < 0.3
     assert [row["nodes"] for row in content["predicted"]] == [1, 4, 16]
     assert content["predicted"][2]["tokens_per_step"] > 1.2
     math = content["by_category"]["math"]
-    wanted = walk(held.by_category()["math"], content["tree"][:15]).tokens_per_step
-    assert math["tokens_per_step"]["16"] == pytest.approx(wanted, rel=1e-5)
+    for kind, key in ((STATIC, "tokens_per_step"), (LOOKUP, LOOKUP)):
+        wanted = crossed(kind, 16, "math").tokens_per_step
+        assert math[key]["16"] == pytest.approx(wanted, rel=1e-5)
     own = ranks.by_category()["math"]
     np.testing.assert_allclose(math["heads"], own.accuracies()[0][:, :64], rtol=1e-5)
     assert math["counts"] == own.accuracies()[1].tolist()

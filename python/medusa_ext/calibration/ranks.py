@@ -116,21 +116,28 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Walk:
-    """What decoding these answers with a tree takes.
+    """What decoding these answers takes.
 
     Attributes:
-        tokens: of all answers.
-        steps: that emit them; the first of an answer, which has no tree, emits one.
         answers: with any token.
         visited: [P] bool; the rows at which a step begins.
-        error: of `tokens_per_step`, its standard error over texts; None of one text.
+        texts: [T, 2] tokens of each text's answers, and steps that emit them; the first of an
+            answer, which has no tree, emits one.
     """
 
-    tokens: int
-    steps: int
     answers: int
     visited: NDArray[np.bool_]
-    error: float | None
+    texts: NDArray[Int]
+
+    @property
+    def tokens(self) -> int:
+        """Of all answers."""
+        return int(self.texts[:, 0].sum())
+
+    @property
+    def steps(self) -> int:
+        """Of all answers."""
+        return int(self.texts[:, 1].sum())
 
     @property
     def tokens_per_step(self) -> float:
@@ -142,6 +149,24 @@ class Walk:
         """Without the first step of every answer, which belongs to the prefill."""
         later = self.steps - self.answers
         return (self.tokens - self.answers) / later if later else 0.0
+
+    @property
+    def error(self) -> float | None:
+        """Of `tokens_per_step`, a ratio of sums over texts: its standard error; None of one."""
+        count = len(self.texts)
+        if count < 2:
+            return None
+        off = self.texts[:, 0] - self.tokens_per_step * self.texts[:, 1]
+        return float(np.sqrt(count / (count - 1) * (off**2).sum()) / self.steps)
+
+
+def joined(walks: Sequence[Walk]) -> Walk:
+    """Of texts that were walked through apart."""
+    return Walk(
+        sum(walk.answers for walk in walks),
+        np.concatenate([walk.visited for walk in walks]),
+        np.concatenate([walk.texts for walk in walks]),
+    )
 
 
 def accepted(ranks: Ranks, paths: Paths) -> NDArray[Int]:
@@ -187,19 +212,10 @@ def _walk(ranks: Ranks, begun: Sequence[Sequence[int]]) -> Walk:
     visited = np.zeros(len(ranks.ranks), bool)
     for start, rows in zip(ranks.starts[:-1], begun, strict=True):
         visited[start + np.asarray(rows, Int)] = True
-    steps = [1 + len(rows) for rows in begun]
-    return Walk(ranks.num_tokens, sum(steps), len(steps), visited, _error(ranks, steps))
-
-
-def _error(ranks: Ranks, steps: Sequence[int]) -> float | None:
-    """The standard error of tokens / steps, a ratio of sums over texts."""
-    _, texts = np.unique(ranks.texts, return_inverse=True)
-    tokens, taken = np.bincount(texts, 1 + np.diff(ranks.starts)), np.bincount(texts, steps)
-    count, total = len(taken), taken.sum()
-    if count < 2:
-        return None
-    off = tokens - tokens.sum() / total * taken
-    return float(np.sqrt(count / (count - 1) * (off**2).sum()) / total)
+    _, text = np.unique(ranks.texts, return_inverse=True)
+    tokens = np.bincount(text, 1 + np.diff(ranks.starts)).astype(Int)
+    steps = np.bincount(text, [1 + len(rows) for rows in begun]).astype(Int)
+    return Walk(len(begun), visited, np.column_stack((tokens, steps)))
 
 
 def collect(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from medusa_ext.calibration.file import (
     read_calibration,
     write_calibration,
 )
-from medusa_ext.calibration.guesses import compiled, fit
-from medusa_ext.calibration.ranks import Ranks, Walk, collect, walk, walk_dynamic
+from medusa_ext.calibration.guesses import Weights, compiled, fit
+from medusa_ext.calibration.ranks import Ranks, Walk, collect, joined, walk, walk_dynamic
 from medusa_ext.calibration.step_times import PREFILL_CHUNK, Decoders, answer
 from medusa_ext.calibration.texts import Text, read_data, read_prompts
 from medusa_ext.calibration.tree_search import search
@@ -43,7 +42,7 @@ from medusa_ext.loading.ngrams import NGRAMS_FILE, Ngrams, count_ngrams, find_ng
 from medusa_ext.memory import Guesses, Limits, Sizes, check_memory
 from medusa_ext.options import integer
 from medusa_ext.prompts import PromptEncoder
-from medusa_ext.trees import MAX_NODES, MAX_RANKS
+from medusa_ext.trees import MAX_NODES, MAX_RANKS, Paths
 
 NODES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 TIMED_PROMPTS = 8
@@ -55,7 +54,6 @@ _FEW_TOKENS = 5000
 # progress(what, how many in all) -> done(how many more)
 Progress = Callable[[str, int], Callable[[int], None]]
 Content = dict[str, Any]
-_Walks = Callable[[Ranks, int], Walk]  # of texts, with so many nodes
 
 
 @dataclass(frozen=True)
@@ -304,7 +302,11 @@ class _Work:
     def statistics(
         self, texts: Sequence[Text], nodes: Sequence[int], ngrams: Ngrams | None
     ) -> Content:
-        """Accuracies, trees, and what they will do: chosen on one half, predicted on the other."""
+        """Accuracies, trees and weights, and what they will do.
+
+        Each half of the texts says what trees and weights that the other half chose will do; those
+        of all texts are kept.
+        """
         heads = self.config["heads"]
         ranks = collect(
             self.loaded.model,
@@ -314,11 +316,11 @@ class _Work:
             hidden_size=self.config["hidden_size"],
             done=self.progress("ranks", sum(len(text.tokens) for text in texts)),
         )
-        chosen, held = ranks.halves()
-        if not (len(chosen.ranks) and len(held.ranks)):
+        first, second = ranks.halves()
+        if not (len(first.ranks) and len(second.ranks)):
             raise LoadError(
                 f"the data hold {len(texts)} texts; wanted at least 2 with answers of 2 tokens or "
-                "more: one to choose the tree, one to predict what it does"
+                "more: one to choose trees, one to predict what they do"
             )
         if ranks.num_tokens < _FEW_TOKENS:
             warnings.warn(
@@ -327,30 +329,36 @@ class _Work:
                 stacklevel=2,
             )
         sizes = [count for count in nodes if count > 1] or NODES[1:]
-        paths, values = search(chosen, MAX_NODES - 1, sizes)
-        nodes = [count for count in nodes if count <= len(paths) + 1]
-        known = compiled(ngrams)
-        weights = {
-            kind: fit(chosen.answers, known, with_lookup=kind == LOOKUP)
-            for kind in (DYNAMIC, LOOKUP)
-        }
-        walks: dict[str, _Walks] = {STATIC: lambda ranks, count: walk(ranks, paths[: count - 1])}
-        for kind, found in weights.items():
-            walks[kind] = partial(_walk_dynamic, found.model(known))
+        chosen = _Chosen.of(ranks, sizes, ngrams)
+        crossed = [
+            (_Chosen.of(first, sizes, ngrams), second),
+            (_Chosen.of(second, sizes, ngrams), first),
+        ]
+        nodes = [count for count in nodes if count <= len(chosen.paths) + 1]
         return {
             "answers": len(ranks.categories),
             **_accuracies(ranks),
-            "tree": paths,
-            "values": [_short(value) for value in values],
-            "guesses": {kind: found.content() for kind, found in weights.items()},
+            "tree": chosen.paths,
+            "values": [_short(value) for value in chosen.values],
+            "guesses": {kind: found.content() for kind, found in chosen.weights.items()},
             "predicted": [
                 {"nodes": count}
-                | _predicted(walks[STATIC](held, count))
-                | {"chosen_on": _short(walks[STATIC](chosen, count).tokens_per_step)}
-                | {kind: _predicted(walks[kind](held, count)) for kind in weights}
+                | _predicted(crossed, count, STATIC)
+                | {"chosen_on": _short(chosen.walk(ranks, count, STATIC).tokens_per_step)}
+                | {kind: _predicted(crossed, count, kind) for kind in chosen.weights}
                 for count in nodes
             ],
-            "by_category": _by_category(ranks, held, nodes, walks),
+            "by_category": {
+                name: _accuracies(part)
+                | {
+                    "tokens_per_step" if kind == STATIC else kind: {
+                        str(count): _predicted(crossed, count, kind, name)["tokens_per_step"]
+                        for count in nodes
+                    }
+                    for kind in (STATIC, *chosen.weights)
+                }
+                for name, part in ranks.by_category().items()
+            },
         }
 
     def timed(self, prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -464,11 +472,40 @@ class _Measured:
         return self.later_tokens / self.seconds if self.seconds else 0.0
 
 
-def _walk_dynamic(guesses: _core.GuessModel, ranks: Ranks, nodes: int) -> Walk:
-    return walk_dynamic(ranks, guesses, nodes)
+@dataclass(frozen=True)
+class _Chosen:
+    """What some texts chose: paths and their values, weights of dynamic trees by their kind."""
+
+    paths: Paths
+    values: list[float]
+    weights: dict[str, Weights]
+    ngrams: _core.Ngrams | None
+
+    @staticmethod
+    def of(ranks: Ranks, sizes: Sequence[int], ngrams: Ngrams | None) -> _Chosen:
+        known = compiled(ngrams)
+        weights = {
+            kind: fit(ranks.answers, known, with_lookup=kind == LOOKUP)
+            for kind in (DYNAMIC, LOOKUP)
+        }
+        return _Chosen(*search(ranks, MAX_NODES - 1, sizes), weights, known)
+
+    def walk(self, ranks: Ranks, nodes: int, kind: str) -> Walk:
+        """Through other texts."""
+        if kind == STATIC:
+            return walk(ranks, self.paths[: nodes - 1])
+        return walk_dynamic(ranks, self.weights[kind].model(self.ngrams), nodes)
 
 
-def _predicted(done: Walk) -> Content:
+def _predicted(
+    crossed: Sequence[tuple[_Chosen, Ranks]], nodes: int, kind: str, category: str | None = None
+) -> Content:
+    """What each half of the texts, or of a category's, takes with what the other one chose."""
+    walks = []
+    for chosen, held in crossed:
+        part = held if category is None else held.by_category().get(category)
+        walks += [] if part is None else [chosen.walk(part, nodes, kind)]
+    done = joined(walks)
     return {
         "tokens_per_step": _short(done.tokens_per_step),
         "error": None if done.error is None else _short(done.error),
@@ -483,21 +520,6 @@ def _accuracies(ranks: Ranks) -> Content:
         "heads": [[_short(share) for share in row[:_STORED_RANKS]] for row in shares],
         "counts": counts.tolist(),
     }
-
-
-def _by_category(
-    ranks: Ranks, held: Ranks, nodes: Sequence[int], walks: Mapping[str, _Walks]
-) -> Content:
-    """Accuracies over all texts, predictions of those that did not choose the tree."""
-    found, predicting = {}, held.by_category()
-    for name, part in ranks.by_category().items():
-        found[name] = _accuracies(part)
-        for kind, steps in walks.items():
-            found[name]["tokens_per_step" if kind == STATIC else kind] = {
-                str(count): _short(steps(predicting[name], count).tokens_per_step)
-                for count in (nodes if name in predicting else [])
-            }
-    return found
 
 
 def _short(value: float) -> float:
