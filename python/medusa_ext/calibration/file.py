@@ -9,7 +9,8 @@ One key a line:
 - `guesses`: `dynamic` and `lookup`, what counts how much where each step grows a tree of its own,
   without and with the text so far (`medusa_ext.calibration.guesses`)
 - `predicted`: for each number of nodes the tokens per step on text that did not choose the tree
-  (each half with what the other half chose), and its standard error over texts; `dynamic` and `lookup`: the same of trees that steps grow
+  (each half with what the other half chose), and its standard error over texts; `dynamic` and
+  `lookup`: the same of trees that steps grow
 - `by_category`: `heads`, `counts` and tokens per step by the data's own categories
 - `step_times`: a row for each device and kind of trees (`guesses`: static, dynamic or lookup):
   seconds of a step by number of nodes, and the best number
