@@ -24,6 +24,7 @@ from calibration_util import (
 )
 from loading_util import VOCAB
 from medusa_ext import Engine, _core
+from medusa_ext.calibration import guesses
 from medusa_ext.calibration.file import (
     DYNAMIC,
     LOOKUP,
@@ -208,6 +209,14 @@ def test_the_most_valuable_nodes(seed: int, with_ngrams: bool, with_lookup: bool
     assert len(set(paths)) == len(paths)
 
 
+def test_a_token_that_is_offered_twice_is_one_node() -> None:
+    """And below it nothing is looked at twice, which would double with each depth."""
+    weights = random_weights(np.random.default_rng(1), 6, with_lookup=False)
+    ids, logits = np.zeros((6, 32), np.int32), np.zeros((6, 32), np.float32)
+    nodes = _core.grow_tree(weights.model(None), [1, 2], ids, logits, 64, 6)
+    assert paths_of(nodes) == [(0,) * depth for depth in range(1, 7)]
+
+
 def offered(random: np.random.Generator, rows: int, heads: int) -> Offered:
     """A text of 3 tokens and an answer, and what nobody learned to guess."""
     tokens = random.integers(0, TOKENS, rows + 4).tolist()
@@ -282,6 +291,51 @@ def test_the_fit_is_the_least(with_lookup: bool) -> None:
                 tried[index] += step
                 assert loss(tried, columns) > least - 1e-6
         assert least < loss(np.array([1.0, *[0.0] * (NGRAM + 2)]), columns)
+
+
+def test_the_fit_does_not_depend_on_the_scale() -> None:
+    """Heads whose logits are large are weighed less, by as much."""
+    random = np.random.default_rng(5)
+    answers = [offered(random, 40, 1) for _ in range(4)]
+    judged = [one.judge(None, with_lookup=False) for one in answers]
+    names = ("log_share", "gain", "right", "told", "matched")
+    columns = {n: np.concatenate([one[n][:, 0] for one in judged]) for n in names}
+    least = guesses._regress(**columns)
+    for scale in (0.01, 100, 1000):
+        scaled = columns | {"log_share": (scale * columns["log_share"]).astype(np.float32)}
+        found = guesses._regress(**scaled)
+        if scale > 1:  # where the ridge is too weak to matter
+            assert found[0] * scale == pytest.approx(least[0], rel=0.02, abs=1e-3)
+        assert abs(found).max() < 10
+
+
+def test_logits_that_are_no_numbers_offer_nothing() -> None:
+    random = np.random.default_rng(6)
+    one = offered(random, 60, 1)
+    one.logits[..., 3:] = -np.inf
+    found = fit([one], None, with_lookup=False)
+    assert np.isfinite(found.heads).all()
+    judged = one.judge(None, with_lookup=False)
+    assert (judged["right"] >= 3).any()  # as a place, which counts as none
+    one.logits[:] = np.nan
+    assert np.isfinite(fit([one], None, with_lookup=False).heads).all()
+
+
+def test_a_fit_takes_some_rows_of_each_text(monkeypatch) -> None:
+    """Of two kinds that take turns, both count."""
+    random = np.random.default_rng(7)
+    answers = []
+    for at in range(40):
+        one = offered(random, 20, 1)
+        if at % 2:  # the best candidate is right
+            one.ids[0, :, 0] = one.tokens[one.start + 1 :]
+        answers.append(one)
+    whole = fit(answers, None, with_lookup=True)
+    monkeypatch.setattr(guesses, "_MAX_ROWS", 400)
+    part = fit(answers, None, with_lookup=True)
+    assert part.chain == whole.chain
+    assert part.heads != whole.heads
+    np.testing.assert_allclose(part.heads[0], whole.heads[0], atol=0.5)
 
 
 def test_how_often_the_text_goes_on() -> None:
@@ -376,9 +430,27 @@ def test_drafters_that_are_none(calibrated) -> None:
         _core.dynamic_drafter(model, known, 4)
 
 
+def with_ngrams(calibrated, folder: Path) -> Path:
+    """The heads, as if calibrated with a table."""
+    ngrams = ngrams_of([[5, 6, 7] * 9], VOCAB)
+    given = calibrated.content["guesses"] | {"ngrams": ngrams.digest}
+    heads = with_file(calibrated, folder, guesses=given)
+    save_ngrams(heads / "ngrams.safetensors", ngrams)
+    return heads
+
+
+def test_other_ngrams_are_a_warning(calibrated, tmp_path) -> None:
+    heads = with_ngrams(calibrated, tmp_path / "heads")
+    (heads / "ngrams.safetensors").unlink()
+    with pytest.warns(UserWarning, match="calibrated with other n-grams than none beside them"):
+        Engine(calibrated.model, heads, threads=1, tree=4).close()
+    save_ngrams(heads / "ngrams.safetensors", ngrams_of([[5, 6] * 9], VOCAB))
+    with pytest.warns(UserWarning, match="with other n-grams than those beside them"):
+        Engine(calibrated.model, heads, threads=1, tree=4).close()
+
+
 def test_engines_grow_trees_where_they_choose_them(calibrated, tmp_path) -> None:
-    known = with_file(calibrated, tmp_path / "heads")
-    save_ngrams(known / "ngrams.safetensors", ngrams_of([[5, 6, 7] * 9], VOCAB))
+    known = with_ngrams(calibrated, tmp_path / "heads")
     name = "3 Medusa heads"
     for heads, options, wanted in [
         (calibrated.heads, {"tree": 4}, f"{name}, lookup; dynamic trees"),
@@ -455,6 +527,25 @@ def without(row: dict) -> dict:
     return {key: value for key, value in row.items() if key not in (DYNAMIC, LOOKUP)}
 
 
+def test_what_was_measured_with_lookup_before_is_of_no_use(calibrated, tmp_path) -> None:
+    """Its trees were others: neither its number of nodes nor its check holds for any of today."""
+    heads = before_guesses(calibrated, tmp_path / "heads")
+    content = json.loads((heads / FILE_NAME).read_text())
+    rows = [
+        row | {"lookup": looked, "nodes": 3}
+        for row in content["step_times"]
+        for looked in (False, True)
+    ]
+    content["step_times"] = rows
+    config = open_checkpoint(calibrated.model, heads).config
+    for looked in (False, True):
+        content["check"]["device"] = rows[looked]
+        (heads / FILE_NAME).write_text(json.dumps(content))
+        found = read_calibration(heads / FILE_NAME, config)
+        assert found.step_times == rows[:1]
+        assert ("check" in found.content) == (not looked)
+
+
 def test_calibrations_from_before(calibrated, tmp_path, capsys) -> None:
     heads = before_guesses(calibrated, tmp_path / "heads")
     with Engine(calibrated.model, heads, tree=4, threads=1) as engine:
@@ -521,8 +612,7 @@ def test_half_a_calibration(calibrated, tmp_path, change, words) -> None:
 
 
 def test_exported_files_carry_it(calibrated, tmp_path) -> None:
-    known = with_file(calibrated, tmp_path / "heads")
-    save_ngrams(known / "ngrams.safetensors", ngrams_of([[5, 6, 7] * 9], VOCAB))
+    known = with_ngrams(calibrated, tmp_path / "heads")
     path = tmp_path / "one.safetensors"
     export(calibrated.model, known, path)
     with Engine(path, tree=4, threads=1) as engine:
@@ -547,12 +637,69 @@ def test_calibrate_counts_ngrams(calibrated, tmp_path, capsys) -> None:
     assert json.loads((heads / FILE_NAME).read_text())["guesses"] == again["guesses"]
 
 
+def test_a_text_does_not_depend_on_its_batch(calibrated) -> None:
+    """Beside a sampled one, which looks at more candidates: the same tokens in the same steps."""
+    found = Weights.of(calibrated.content["guesses"][LOOKUP]).model(None)
+    loaded = load_model(calibrated.model, calibrated.heads, backend=_core.Backend(threads=1))
+    kinds = [
+        {"temperature": 0.9, "acceptance": "typical", "seed": 3},
+        {},
+        {"temperature": 1.0, "seed": 4},
+    ]
+    jobs = [(prompt, kinds[at % 3]) for at, prompt in enumerate(make_prompts(12, seed=4))]
+    ways = []
+    for size in (1, 6):
+        drafter = _core.dynamic_drafter(loaded.model, found, 32)
+        session = _core.Session(loaded.model, drafter, max_batch=size)
+        made, ended = {}, {}
+        for prompt, kind in jobs:
+            sampling = _core.SamplingParams(**kind)
+            made[session.submit(prompt, max_new_tokens=NUM_TOKENS, sampling=sampling)] = []
+        while not session.idle:
+            for event in session.step():
+                made[event.request] += event.tokens
+                if event.finish is not None:
+                    ended[event.request] = event.stats.steps
+        ways.append([(made[request], ended[request]) for request in made])
+    assert ways[0] == ways[1]
+
+
+def test_noise_chooses_among_48(calibrated) -> None:
+    """So hot that the draw alone decides: guessed right where a head offers the token at all."""
+    prompt = make_prompts(1, seed=8)[0]
+    hot = {"temperature": 1e5, "seed": 11, "max_new_tokens": 300, "eos_token_id": []}
+    with Engine(calibrated.model, calibrated.heads, threads=1) as engine:
+        tokens = engine.generate(prompt, **hot).token_ids
+        _, hidden = engine.score(prompt + tokens, return_hidden=True)
+        rows = hidden[len(prompt) - 1 : -2]  # those that choose tokens, before guesses of the next
+        ids = np.empty((NUM_HEADS, len(rows), 48), np.int32)
+        _core.head_candidates(engine._model, rows, ids, np.empty(ids.shape, np.float32))
+        weights = [(0.5, 0.0, 0.0, [])] * NUM_HEADS
+        drafter = _core.dynamic_drafter(engine._model, _core.GuessModel(weights, [], None), 2)
+        with Engine(calibrated.model, drafter=drafter, threads=1) as guessing:
+            result = guessing.generate(prompt, **hot)
+    assert result.token_ids == tokens
+    steps, row = 1, 0
+    while row < len(tokens) - 1:
+        row += 1 + int(row < len(rows) and tokens[row + 1] in ids[0, row])
+        steps += 1
+    assert result.stats.steps == steps
+    few = sum(tokens[row + 1] in ids[0, row, :32] for row in range(len(rows)))
+    assert few < sum(tokens[row + 1] in ids[0, row] for row in range(len(rows)))
+
+
+def test_no_model_is_a_type_error() -> None:
+    with pytest.raises(TypeError):
+        _core.dynamic_drafter(None, _core.GuessModel([], [], None), 4)
+    with pytest.raises(TypeError):
+        _core.medusa_drafter(None, _core.TreeSpec.from_paths([[0]]))
+
+
 def test_typical_acceptance_goes_without_lookup(calibrated) -> None:
     """It takes what is likely enough, so that other guesses make another text."""
     prompts = make_prompts(8, seed=4)
     options = {"temperature": 0.9, "acceptance": "typical", "seed": 3, "max_new_tokens": 40}
-    weights = calibrated.content["guesses"]
-    alike = with_alike(weights)
+    alike = Weights.of(calibrated.content["guesses"][LOOKUP])
     texts = []
     with Engine(calibrated.model, calibrated.heads, threads=1) as engine:
         for chain in ([], [0.9] * NGRAM):
@@ -561,10 +708,6 @@ def test_typical_acceptance_goes_without_lookup(calibrated) -> None:
             with Engine(calibrated.model, drafter=drafter, threads=1) as other:
                 texts.append([one.token_ids for one in other.generate(prompts, **options)])
     assert texts[0] == texts[1]
-
-
-def with_alike(content: dict) -> Weights:
-    return Weights.of(content[LOOKUP])
 
 
 def test_the_command_line(calibrated, tmp_path, monkeypatch, capsys) -> None:

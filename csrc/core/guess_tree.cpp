@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 #include <queue>
+#include <vector>
 
 #include "medusa/error.h"
 #include "medusa/guesses.h"
@@ -15,6 +16,15 @@ namespace {
 // best for the demo model at temperatures 0.7 and 1, where 0.65 to 0.8 hardly differ.
 constexpr float kNoise = 0.75f;
 
+// Of the draw that will choose the token after `depth` others, on the scale of its logit.
+float noise_of(const GuessSources& from, int depth, int32_t token) {
+  if (from.noise == nullptr) return 0.0f;
+  const auto position = static_cast<uint32_t>(from.text.size() + static_cast<size_t>(depth));
+  const uint32_t word = noise_word(from.noise->seed, from.noise->sample_index, position,
+                                   static_cast<uint32_t>(token));
+  return from.noise->temperature * gumbel_from_bits(word);
+}
+
 class Grower {
  public:
   Grower(const GuessModel& model, const GuessSources& from, int max_nodes, int max_depth,
@@ -22,13 +32,14 @@ class Grower {
       : model_(model), from_(from), max_nodes_(max_nodes), max_depth_(max_depth), tree_(tree) {}
 
   void run() {
-    const size_t size = from_.text.size();
+    const size_t length = from_.text.size();
     expand({1.0f, 0, -1, from_.text.back(), from_.told.matched > 0}, 0,
-           size > 1 ? from_.text[size - 2] : -1);
+           length > 1 ? from_.text[length - 2] : -1);
     while (tree_.num_nodes() < max_nodes_ && !waiting_.empty()) {
       const Guess guess = waiting_.top();
       waiting_.pop();
-      const int node = tree_.add(guess.parent, guess.token);
+      const int size = tree_.num_nodes(), node = tree_.add(guess.parent, guess.token);
+      if (node < size) continue;  // a head offered a token twice
       if (tree_.num_nodes() < max_nodes_) expand(guess, node, tree_.token(guess.parent));
     }
   }
@@ -55,13 +66,17 @@ class Grower {
       push(guess.value * model_.chain[matched - 1], node, from_.told.at(depth), true);
       return;
     }
-    std::array<Offer, kMaxOffers> found;
-    const int count = offers(model_, from_, depth, before, guess.token, guess.told, found);
+    if (depth == static_cast<int>(by_depth_.size())) {
+      by_depth_.push_back(head_offers(from_, depth));
+    }
+    Offers offers = by_depth_[static_cast<size_t>(depth)];
+    add_offers(model_.ngrams.get(), from_, depth, before, guess.token, guess.told, offers);
+    const int count = offers.count;
     const GuessModel::Head& head = model_.heads[static_cast<size_t>(depth)];
     std::array<float, kMaxOffers> shares;
     float best = head.rest;
     for (int i = 0; i < count; ++i) {
-      const Offer& offer = found[static_cast<size_t>(i)];
+      const Offer& offer = offers.list[static_cast<size_t>(i)];
       float& score = shares[static_cast<size_t>(i)];
       score = head.head * offer.log_share + head.ngram * offer.gain + kNoise * offer.noise;
       if (offer.told) score += head.lookup[static_cast<size_t>(from_.told.matched_at(depth) - 1)];
@@ -73,7 +88,7 @@ class Grower {
       total += share = exp_f32(share - best);
     }
     for (int i = 0; i < count; ++i) {
-      const Offer& offer = found[static_cast<size_t>(i)];
+      const Offer& offer = offers.list[static_cast<size_t>(i)];
       push(guess.value * shares[static_cast<size_t>(i)] / total, node, offer.token, offer.told);
     }
   }
@@ -86,6 +101,7 @@ class Grower {
   const GuessSources& from_;
   int max_nodes_, max_depth_, order_ = 0;
   DraftTree& tree_;
+  std::vector<Offers> by_depth_;  // of the heads, from when a depth is reached
   std::priority_queue<Guess> waiting_;
 };
 
@@ -113,55 +129,55 @@ Told look_up(std::span<const int32_t> text) {
   return {text.subspan(static_cast<size_t>(match.next)), match.length};
 }
 
-int offers(const GuessModel& model, const GuessSources& from, int depth, int32_t before,
-           int32_t last, bool on_told, std::array<Offer, kMaxOffers>& found) {
+Offers head_offers(const GuessSources& from, int depth) {
+  Offers offers;
   const int32_t* ids = from.ids + depth * from.stride;
   const float* logits = from.logits + depth * from.stride;
-  const auto noise_of = [&](int32_t token) {
-    if (from.noise == nullptr) return 0.0f;
-    const auto position = static_cast<uint32_t>(from.text.size() + static_cast<size_t>(depth));
-    const uint32_t word = noise_word(from.noise->seed, from.noise->sample_index, position,
-                                     static_cast<uint32_t>(token));
-    return from.noise->temperature * gumbel_from_bits(word);
-  };
-  int count = 0;
-  float best = -1e30f, worst = 0.0f;
   const int width = std::min(from.width, kDrawnCandidates);
+  float best = -1e30f, worst = 0.0f;
   for (int i = 0; i < width; ++i) {
     if (ids[i] < 0) continue;
-    found[static_cast<size_t>(count++)] = {ids[i], logits[i], 0.0f, noise_of(ids[i]), false};
+    offers.list[static_cast<size_t>(offers.count++)] = {ids[i], logits[i], 0.0f,
+                                                        noise_of(from, depth, ids[i]), false};
     best = std::max(best, logits[i]);
     worst = logits[i];
   }
+  if (offers.count == 0) return offers;
   float total = 0.0f;
-  for (int i = 0; i < count; ++i) total += exp_f32(found[static_cast<size_t>(i)].log_share - best);
-  const float norm = count > 0 ? best + log_f32(total) : 0.0f;
-  for (int i = 0; i < count; ++i) found[static_cast<size_t>(i)].log_share -= norm;
+  for (int i = 0; i < offers.count; ++i) {
+    total += exp_f32(offers.list[static_cast<size_t>(i)].log_share - best);
+  }
+  const float norm = best + log_f32(total);
+  for (int i = 0; i < offers.count; ++i) offers.list[static_cast<size_t>(i)].log_share -= norm;
+  // No more is known than that it is less likely.
+  offers.other = worst - 1.0f - norm;
+  return offers;
+}
 
-  // Of what a head does not offer no more is known than that it is less likely.
+void add_offers(const Ngrams* ngrams, const GuessSources& from, int depth, int32_t before,
+                int32_t last, bool on_told, Offers& offers) {
   const auto add = [&](int32_t token) -> Offer& {
-    for (int i = 0; i < count; ++i) {
-      if (found[static_cast<size_t>(i)].token == token) return found[static_cast<size_t>(i)];
+    for (int i = 0; i < offers.count; ++i) {
+      Offer& offer = offers.list[static_cast<size_t>(i)];
+      if (offer.token == token) return offer;
     }
-    Offer& offer = found[static_cast<size_t>(count++)];
-    offer = {token, worst - 1.0f - norm, 0.0f, noise_of(token), false};
+    Offer& offer = offers.list[static_cast<size_t>(offers.count++)];
+    offer = {token, offers.other, 0.0f, noise_of(from, depth, token), false};
     return offer;
   };
   Ngrams::After after;
-  if (model.ngrams) {
-    after = model.ngrams->after(before, last);
+  if (ngrams != nullptr) {
+    after = ngrams->after(before, last);
     std::array<int32_t, kFrequent> frequent;
     const int more = after.frequent(frequent);
     for (int i = 0; i < more; ++i) add(frequent[static_cast<size_t>(i)]);
   }
   if (on_told && depth < kLookupAhead) add(from.told.at(depth)).told = true;
-  if (model.ngrams) {
-    for (int i = 0; i < count; ++i) {
-      Offer& offer = found[static_cast<size_t>(i)];
-      offer.gain = after.gain(offer.token);
-    }
+  if (ngrams == nullptr) return;
+  for (int i = 0; i < offers.count; ++i) {
+    Offer& offer = offers.list[static_cast<size_t>(i)];
+    offer.gain = after.gain(offer.token);
   }
-  return count;
 }
 
 bool text_fills(const GuessModel& model, const Told& told, int max_nodes, int max_depth) {
@@ -207,8 +223,6 @@ std::vector<int> walk(const GuessModel& model, const Answer& answer, int max_nod
 }
 
 Judged judge(const std::shared_ptr<const Ngrams>& ngrams, const Answer& answer, bool with_lookup) {
-  GuessModel model;
-  model.ngrams = ngrams;
   const int num_rows = std::max(answer.num_rows(), 0);
   const auto cells = static_cast<size_t>(num_rows) * static_cast<size_t>(answer.num_heads);
   Judged judged;
@@ -219,7 +233,6 @@ Judged judge(const std::shared_ptr<const Ngrams>& ngrams, const Answer& answer, 
   judged.right.assign(cells, -2);
   judged.told.assign(cells, -1);
   judged.matched.assign(cells, 0);
-  std::array<Offer, kMaxOffers> found;
   for (int row = 0; row < num_rows; ++row) {
     GuessSources from = answer.sources(row);
     if (with_lookup) from.told = look_up(from.text);
@@ -235,13 +248,14 @@ Judged judge(const std::shared_ptr<const Ngrams>& ngrams, const Answer& answer, 
       const int32_t last = answer.token(row + head);
       const size_t before = from.text.size() + static_cast<size_t>(head);
       const bool on_told = from.told.matched > 0 && kept >= head;
-      const int count = offers(model, from, head, before > 1 ? answer.tokens[before - 2] : -1, last,
-                               on_told, found);
+      Offers offers = head_offers(from, head);
+      add_offers(ngrams.get(), from, head, before > 1 ? answer.tokens[before - 2] : -1, last,
+                 on_told, offers);
       const size_t cell = static_cast<size_t>(row) * static_cast<size_t>(answer.num_heads) +
                           static_cast<size_t>(head);
       judged.right[cell] = -1;
-      for (int i = 0; i < count; ++i) {
-        const Offer& offer = found[static_cast<size_t>(i)];
+      for (int i = 0; i < offers.count; ++i) {
+        const Offer& offer = offers.list[static_cast<size_t>(i)];
         judged.log_share[cell * num_offers + static_cast<size_t>(i)] = offer.log_share;
         judged.gain[cell * num_offers + static_cast<size_t>(i)] = offer.gain;
         if (offer.token == answer.token(row + 1 + head))

@@ -28,13 +28,19 @@ HeadRunner::HeadRunner(std::shared_ptr<const Model> model)
 
 void* HeadRunner::memory(std::unique_ptr<Buffer>& buffer, int64_t num_bytes) {
   if (!buffer || buffer->num_bytes() < num_bytes) {
-    if (buffer) outgrown_.push_back(std::move(buffer));
+    if (buffer && recorded_) outgrown_.push_back(std::move(buffer));
+    buffer.reset();  // before more is taken
     buffer = ops_.allocate(num_bytes);
   }
   return buffer->data();
 }
 
 HeadRunner::Candidates HeadRunner::run(TensorView hidden, int depth, int width) {
+  recorded_ = true;
+  return compute(hidden, depth, width);
+}
+
+HeadRunner::Candidates HeadRunner::compute(TensorView hidden, int depth, int width) {
   const int64_t batch = hidden.size(0), d = hidden.size(1);
   const int64_t rows = batch * depth;
   // Blocks of heads and what follows them may be stored in different types.
@@ -102,7 +108,7 @@ void HeadRunner::read(const std::vector<const float*>& hidden, int depth, int wi
   for (int64_t b = 0; b < batch; ++b) {
     ops_.upload(rows + b * d, hidden[static_cast<size_t>(b)], d * 4);
   }
-  const Candidates found = run(TensorView(rows, DType::f32, batch, d), depth, width);
+  const Candidates found = compute(TensorView(rows, DType::f32, batch, d), depth, width);
   ids.resize(static_cast<size_t>(batch * depth * width));
   values.resize(ids.size());
   ops_.download(ids.data(), found.ids.data, found.ids.num_bytes());

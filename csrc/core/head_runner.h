@@ -23,7 +23,7 @@ class HeadRunner {
     TensorView ids, values;  // [depth * B, width]; row h * B + b is head h of sequence b
   };
   // Candidates of the first `depth` heads for the rows of hidden [B, d] f32, backend memory; ids
-  // are rows of the heads' vocabulary.
+  // are rows of the heads' vocabulary. May be recorded: memory that it used stays.
   Candidates run(TensorView hidden, int depth, int width);
 
   // The same from and to the host: rows of d f32, ids of the model's vocabulary.
@@ -32,12 +32,14 @@ class HeadRunner {
   std::vector<float> values;
 
  private:
+  Candidates compute(TensorView hidden, int depth, int width);
   void* memory(std::unique_ptr<Buffer>& buffer, int64_t num_bytes);
   TensorView repeated(int64_t batch, int64_t rows);
 
   std::shared_ptr<const Model> model_;
   Backend& ops_;
   int head_vocab_ = 0;
+  bool recorded_ = false;
   // One Buffer per role, grown outside the ops.
   std::unique_ptr<Buffer> hidden_, u_, y_, copy_, last_, logits_, ids_, values_;
   std::map<int64_t, std::unique_ptr<Buffer>> indices_;  // by batch

@@ -17,9 +17,6 @@
 namespace medusa {
 namespace {
 
-// Candidates that the noise may reorder at temperature > 0.
-constexpr int kCoupledCandidates = 48;
-
 class MedusaDrafter final : public Drafter {
  public:
   MedusaDrafter(std::shared_ptr<const Model> model, const TreeSpec& tree)
@@ -41,7 +38,7 @@ class MedusaDrafter final : public Drafter {
 
   void draft_resident(Resident& resident, int batch) override {
     if (tree_.depth() == 0) return;
-    const int width = std::min(most_, std::max(num_ranks_, kCoupledCandidates));
+    const int width = std::min(most_, std::max(num_ranks_, kDrawnCandidates));
     const HeadRunner::Candidates found = heads_.run(resident.hidden(batch), tree_.depth(), width);
     TensorView token_map;
     const std::vector<int32_t>& ids = heads_.model().token_map;
@@ -71,7 +68,7 @@ class MedusaDrafter final : public Drafter {
     }
     if (ready.empty() || depth == 0) return;
     const int width =
-        std::min(most_, sampled ? std::max(num_ranks_, kCoupledCandidates) : num_ranks_);
+        std::min(most_, sampled ? std::max(num_ranks_, kDrawnCandidates) : num_ranks_);
     heads_.read(hidden, depth, width);
     for (size_t row = 0; row < ready.size(); ++row) {
       fill(inputs[ready[row]], static_cast<int>(row), static_cast<int>(ready.size()), depth, width,
@@ -143,7 +140,7 @@ class DynamicDrafter final : public Drafter {
     std::vector<size_t> ready;
     std::vector<const float*> hidden;
     std::vector<GuessSources> sources(inputs.size());
-    int depth = 0, width = kGuessCandidates;
+    int depth = 0, width = 0;
     for (size_t i = 0; i < inputs.size(); ++i) {
       const DraftInput& input = inputs[i];
       if (!input.hidden || input.max_depth < 1 || input.max_nodes < 2) continue;
@@ -152,10 +149,8 @@ class DynamicDrafter final : public Drafter {
       // words a copied run would win too often.
       const bool typical = draws && input.sampling->acceptance == Acceptance::typical;
       sources[i].text = input.tokens;
-      if (draws && !typical) {
-        sources[i].noise = input.sampling;
-        width = kDrawnCandidates;
-      }
+      if (draws && !typical) sources[i].noise = input.sampling;
+      sources[i].width = draws && !typical ? kDrawnCandidates : kGuessCandidates;
       if (!guesses_.chain.empty() && !typical) sources[i].told = look_up(input.tokens);
       if (text_fills(guesses_, sources[i].told, nodes(input), input.max_depth)) {
         grow(guesses_, sources[i], nodes(input), input.max_depth, trees[i]);
@@ -163,6 +158,7 @@ class DynamicDrafter final : public Drafter {
       }
       ready.push_back(i);
       hidden.push_back(input.hidden);
+      width = std::max(width, sources[i].width);
       // Below the root no path is longer than there are nodes.
       depth = std::max(depth, std::min({input.max_depth, heads_.num_heads(), nodes(input) - 1}));
     }
@@ -174,7 +170,8 @@ class DynamicDrafter final : public Drafter {
       from.ids = heads_.ids.data() + row * static_cast<size_t>(width);
       from.logits = heads_.values.data() + row * static_cast<size_t>(width);
       from.stride = static_cast<int64_t>(ready.size()) * width;
-      from.width = width;
+      // Of its own: guesses for a text shall not depend on what other texts need.
+      from.width = std::min(width, from.width);
       from.depth = depth;
       const DraftInput& input = inputs[ready[row]];
       grow(guesses_, from, nodes(input), input.max_depth, trees[ready[row]]);

@@ -2,8 +2,8 @@
 // of Medusa heads, what tends to follow them, and the text so far, weighed together.
 //
 //   share(b | node) = exp(s_b) / (exp(rest) + sum of exp(s)),   over the candidates b below a node
-//   s_b = head * log p_head(b) + ngram * gain(b | the two tokens before) + lookup where the text
-//         said b before + a share of the noise that will be added to its logit
+//   s_b = head * log p_head(b) + ngram * gain(b | the two tokens before) + lookup[m] where the text
+//         said b before, m equal tokens long + a share of the noise that its logit will get
 //
 // A node's value is the product of the shares on its path, an estimate of how often a step keeps
 // it; the tree takes the most valuable nodes, wherever they are. Sources: J. Kim et al., Exploring
@@ -133,10 +133,18 @@ struct Offer {
   bool told = false;       // by the text
 };
 
-// What may follow a node at `depth`, whose token is `last`, before it `before`; `on_told`: its path
-// is what the text said. The number of them.
-int offers(const GuessModel& model, const GuessSources& from, int depth, int32_t before,
-           int32_t last, bool on_told, std::array<Offer, kMaxOffers>& found);
+struct Offers {
+  std::array<Offer, kMaxOffers> list;
+  int count = 0;
+  float other = 0.0f;  // log_share of what the head does not offer
+};
+
+// What the head of a depth offers below any node there.
+Offers head_offers(const GuessSources& from, int depth);
+// Adds what n-grams and text offer below a node whose token is `last`, before it `before`, and all
+// gains; `on_told`: its path is what the text said.
+void add_offers(const Ngrams* ngrams, const GuessSources& from, int depth, int32_t before,
+                int32_t last, bool on_told, Offers& offers);
 
 // Whether the text alone gives all nodes, so that heads need not run: the last of its guesses is
 // likelier to be kept than the first to be wrong.

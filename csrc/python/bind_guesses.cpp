@@ -30,8 +30,10 @@ std::shared_ptr<Ngrams> make_ngrams(const Ids& contexts, const Ids& counts, cons
 
 using HeadWeights = std::tuple<float, float, float, std::vector<float>>;
 
-// Keeps the arrays of an answer alive and checks that they fit it.
+// An answer whose tokens are its own; the arrays are borrowed and fit it.
 struct HeldAnswer {
+  HeldAnswer(const HeldAnswer&) = delete;
+  HeldAnswer& operator=(const HeldAnswer&) = delete;
   HeldAnswer(const std::vector<int64_t>& tokens, int start, int end, const py::array& ids,
              const py::array& logits)
       : text(token_ids(tokens)) {
@@ -135,7 +137,7 @@ void bind_guesses(py::module_& m) {
       [](const std::shared_ptr<Model>& model, const GuessModel& guesses, int max_nodes) {
         return make_dynamic_drafter(model, guesses, max_nodes);
       },
-      py::arg("model"), py::arg("guesses"), py::arg("max_nodes"), Release());
+      py::arg("model").none(false), py::arg("guesses"), py::arg("max_nodes"), Release());
   m.def(
       "grow_tree",
       [](const GuessModel& guesses, const std::vector<int64_t>& tokens, const py::array& ids,

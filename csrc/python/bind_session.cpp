@@ -167,7 +167,7 @@ void bind_trees_and_drafters(py::module_& m) {
       [](const std::shared_ptr<Model>& model, const TreeSpec& tree) {
         return make_medusa_drafter(model, tree);
       },
-      py::arg("model"), py::arg("tree"), Release());
+      py::arg("model").none(false), py::arg("tree"), Release());
   const PromptLookupOptions lookup;
   m.def(
       "prompt_lookup_drafter",

@@ -185,7 +185,7 @@ def medusa_drafter(model: Model, tree: TreeSpec) -> Drafter:
 
 LOOKUP_NGRAM: int  # equal tokens before a place in the text that are told apart
 LOOKUP_AHEAD: int  # tokens that the text guesses at most
-GUESS_CANDIDATES: int  # of a head, that a dynamic tree may take
+GUESS_CANDIDATES: int  # of a head, that a dynamic tree of a greedy step takes
 
 class Ngrams:
     """Which tokens follow which; arrays as `medusa_ext.loading.ngrams.Ngrams` has them.

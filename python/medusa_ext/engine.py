@@ -149,9 +149,10 @@ class Engine:
         self._trees = kind_of_trees(lookup, tree, found, kind)
         auto = auto_tree(found, kind, stored, backend.threads, self._trees)
         self._tree = tree_for(checkpoint.config, tree, *auto)
-        if self._tree is not None and self._tree.depth > backend.max_tree_depth:
+        static = self._tree if self._trees == STATIC else None
+        if static is not None and static.depth > backend.max_tree_depth:
             raise ValueError(
-                f"the tree has depth {self._tree.depth}; {backend.name} computes trees of depth "
+                f"the tree has depth {static.depth}; {backend.name} computes trees of depth "
                 f"{backend.max_tree_depth} or less"
             )
         if self._tree is None and drafter is None and heads is not None:

@@ -93,10 +93,11 @@ class Guesses:
     ) -> Guesses:
         """Those of a tree for Medusa heads, of another drafter, or of none.
 
-        `heads` run for dynamic trees of as many nodes as `tree` has, whatever its depth.
+        `heads` are those of a model whose trees are dynamic, of as many nodes as `tree` has.
         """
         if tree is not None:
-            return Guesses(tree.num_nodes, tree.depth if heads is None else heads)
+            deepest = tree.depth if heads is None else min(heads, tree.num_nodes - 1)
+            return Guesses(tree.num_nodes, deepest)
         if drafter is not None:
             return Guesses(integer("the drafter's max_nodes", drafter.max_nodes, 1, _MAX_NODES))
         return Guesses()

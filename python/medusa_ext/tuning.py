@@ -78,11 +78,16 @@ def best_nodes(
     if not counts:
         return None
     folder = cache_folder()
-    key = key_of(model, found.tree, counts[-1]) | {"guesses": kind}
+    # What the text guesses takes no time.
+    timed = DYNAMIC if kind == LOOKUP else kind
+    key = key_of(model, found.tree, counts[-1]) | {
+        "guesses": timed,
+        "ngrams": None if found.ngrams is None else found.ngrams.digest,
+    }
     tokens = tokens_per_step(found, kind)
     times = None if folder is None else read_times(folder, key)
     if times is None:
-        samples = step_times(model, found, counts, tokens, kind)
+        samples = step_times(model, found, counts, tokens, timed)
         if samples is None:
             return None
         times = {count: statistics.median(seconds) for count, seconds in samples.items()}
@@ -148,13 +153,12 @@ def step_times(
             are left out; if the first takes so long that there is no time for all, only each
             second, third, ... is measured.
         tokens: that a step emits with 1, 2, ... nodes.
-        kind: of trees; what the text guesses takes no time, so it takes no part.
+        kind: of trees.
         clock: seconds.
 
     Returns:
         Seconds of each step by number of nodes; None where there is no time for two sizes.
     """
-    kind = DYNAMIC if kind == LOOKUP else kind
     lanes: dict[int, _Lane] = {}
     first: Times = {}
     began, stride = clock(), 1

@@ -7,7 +7,8 @@ One key a line:
 - `tree`: paths, the most valuable first, so that its beginning is the tree of any number of nodes;
   `values`: how often a step's tokens run through each
 - `guesses`: `dynamic` and `lookup`, what counts how much where each step grows a tree of its own,
-  without and with the text so far (`medusa_ext.calibration.guesses`)
+  without and with the text so far (`medusa_ext.calibration.guesses`), and `ngrams`, the digest of
+  the table that they were fitted with
 - `predicted`: for each number of nodes the tokens per step on text that did not choose the tree
   (each half with what the other half chose), and its standard error over texts; `dynamic` and
   `lookup`: the same of trees that steps grow
@@ -36,7 +37,7 @@ from medusa_ext.calibration.guesses import NGRAM, Weights, compiled
 from medusa_ext.device import AUTO_NODES
 from medusa_ext.loading import Checkpoint, LoadError, Stored
 from medusa_ext.loading.exporting import CALIBRATION_FILE, CALIBRATION_KEY
-from medusa_ext.loading.ngrams import Ngrams, find_ngrams
+from medusa_ext.loading.ngrams import NGRAMS_FILE, Ngrams, find_ngrams
 from medusa_ext.options import shown
 from medusa_ext.trees import MAX_NODES, Paths, Tree, is_chosen, resolve_tree
 
@@ -78,7 +79,8 @@ _GUESSES = {
     "guesses": {
         kind: {"heads": [[float]], "lookup": [[float]], "chain": [float]}
         for kind in (DYNAMIC, LOOKUP)
-    },
+    }
+    | {"ngrams": (str,)},
     "predicted": [{DYNAMIC: _STEPS, LOOKUP: _STEPS}],
     "by_category": {...: {DYNAMIC: {...: float}, LOOKUP: {...: float}}},
 }
@@ -161,9 +163,17 @@ def find_calibration(checkpoint: Checkpoint) -> Calibration | None:
             found = read_calibration(info.path / CALIBRATION_FILE, checkpoint.config)
     except LoadError as error:
         warnings.warn(f"{error}; a published tree is used", stacklevel=3)
-    if found is not None and found.knows_guesses:
-        found = replace(found, ngrams=find_ngrams(checkpoint))
-    return found
+    if found is None or not found.knows_guesses:
+        return found
+    ngrams = find_ngrams(checkpoint)
+    if (None if ngrams is None else ngrams.digest) != found.content["guesses"].get("ngrams"):
+        warnings.warn(
+            f"{checkpoint.source.given}: its heads were calibrated with other n-grams than "
+            f"{'none' if ngrams is None else 'those'} beside them, and guess worse; copy "
+            f"{NGRAMS_FILE} from where they were calibrated, or run `medusa-ext calibrate`",
+            stacklevel=3,
+        )
+    return replace(found, ngrams=ngrams)
 
 
 def check_lookup(asked: object, tree: Tree) -> None:
@@ -313,6 +323,11 @@ def _checked(content: object, config: Mapping[str, Any]) -> Calibration:
             f"{config['vocab_size']}"
         )
     _match(content, _SHAPE)
+    if "guesses" not in content:  # what was measured with lookup then was of another method
+        old = {"lookup": True}.items()
+        content["step_times"] = [row for row in content["step_times"] if not old <= row.items()]
+        if old <= dict(content.get("check", {}).get("device", {})).items():
+            del content["check"]
     if "check" in content:
         _match(content["check"], _CHECK, "check")
     tree, rows = content["tree"], content["step_times"]
@@ -332,8 +347,8 @@ def _checked(content: object, config: Mapping[str, Any]) -> Calibration:
         for kind, length in ((DYNAMIC, 0), (LOOKUP, NGRAM)):
             given = content["guesses"][kind]
             sizes = [len(row) for row in given["lookup"]] + [len(given["chain"])]
-            heads = [len(row) for row in given["heads"]]
-            if sizes != [length] * (own["num_heads"] + 1) or heads != [3] * own["num_heads"]:
+            counts = [len(row) for row in given["heads"]]
+            if sizes != [length] * (own["num_heads"] + 1) or counts != [3] * own["num_heads"]:
                 raise ValueError(
                     f"guesses.{kind} has not 3 weights and {length} of lookup for each of "
                     f"{own['num_heads']} heads, and {length} of chain"

@@ -29,6 +29,7 @@ from medusa_ext.loading.ngrams import Ngrams
 
 NGRAM, AHEAD = _core.LOOKUP_NGRAM, _core.LOOKUP_AHEAD
 _MAX_ROWS = 20_000  # of a fit; more change nothing
+_COLUMNS = ("log_share", "gain", "right", "told", "matched")
 _ROUNDS = 30
 _RIDGE = 1e-2
 _SMOOTH = 2.0  # neighbouring lengths of a match count about alike: within exp(1 / sqrt(2))
@@ -118,21 +119,22 @@ def fit(answers: Sequence[Offered], ngrams: _core.Ngrams | None, *, with_lookup:
         with_lookup: whether the text takes part.
     """
     total = sum(offered.end - offered.start - 1 for offered in answers)
-    chosen = answers[:: -(-total // _MAX_ROWS) or 1]
-    judged = [offered.judge(ngrams, with_lookup=with_lookup) for offered in chosen]
-    columns: dict[str, NDArray[Any]] = {
-        "log_share": np.concatenate([one["log_share"] for one in judged]),
-        "gain": np.concatenate([one["gain"] for one in judged]),
-        "right": np.concatenate([one["right"] for one in judged]),
-        "told": np.concatenate([one["told"] for one in judged]),
-        "matched": np.concatenate([one["matched"] for one in judged]),
-    }
+    every = -(-total // _MAX_ROWS) or 1
+    judged, columns, first = [], dict[str, list[NDArray[Any]]](), 0
+    for offered in answers:
+        one: Mapping[str, Any] = offered.judge(ngrams, with_lookup=with_lookup)
+        judged.append((one["found"], one["kept"]))
+        some = slice(first, None, every)  # of each text, wherever in it
+        first = (first - len(one["found"])) % every
+        for name in _COLUMNS:
+            columns.setdefault(name, []).append(one[name][some].copy())
+    table = {name: np.concatenate(parts) for name, parts in columns.items()}
     heads, lookup = [], []
-    for head in range(columns["right"].shape[1]):
-        rows = columns["right"][:, head] > -2  # not beyond the answer
-        found = _regress(**{name: column[rows, head] for name, column in columns.items()})
-        heads.append([_short(value) for value in found[:3]])
-        lookup.append([_short(value) for value in found[3:]] if with_lookup else [])
+    for head in range(table["right"].shape[1]):
+        rows = table["right"][:, head] > -2  # not beyond the answer
+        found = _regress(**{name: column[rows, head] for name, column in table.items()})
+        heads.append([short(value) for value in found[:3]])
+        lookup.append([short(value) for value in found[3:]] if with_lookup else [])
     chain = _chain(judged) if with_lookup else []
     return Weights(heads, lookup, chain)
 
@@ -154,17 +156,19 @@ def _regress(
         matched: [n] equal tokens, 1 to NGRAM, of those that it said.
     """
     count = len(right)
-    offered = np.isfinite(log_share)
+    offered = np.isfinite(log_share)  # a logit that is no number offers nothing
+    everyone = np.arange(count)
+    right = np.where((right >= 0) & offered[everyone, right], right, -1)
+    told = np.where((told >= 0) & offered[everyone, told], told, -1)
     features = np.zeros((count, log_share.shape[1] + 1, 4))  # the last class: all other tokens
     features[:, :-1, 0] = np.where(offered, log_share, 0.0)
     features[:, :-1, 1] = gain
     features[:, -1, 2] = 1.0
     said = np.flatnonzero(told >= 0)
     features[said, told[said], 3] = 1.0
-    wanted = features[np.arange(count), np.where(right < 0, log_share.shape[1], right)]
+    wanted = features[everyone, np.where(right < 0, log_share.shape[1], right)]
     slot = np.where(matched > 0, matched - 1, 0)
     weights = np.zeros(3 + NGRAM)
-    weights[:2] = 0.5
     smooth = _smoothing()
     penalty = _RIDGE * np.eye(3 + NGRAM)
     penalty[3:, 3:] += smooth
@@ -195,12 +199,12 @@ def _regress(
             curve[3 + m, :3] += spread[rows, 3, :3].sum(axis=0)
             curve[:3, 3 + m] = curve[3 + m, :3]
         step = np.linalg.solve(curve, slope)
-        size = 1.0
-        while True:  # the loss is convex: a step that is short enough lowers it
+        for size in 0.5 ** np.arange(20):  # the loss is convex: a short enough step lowers it
             tried, lower = shares(weights - size * step)
-            if lower <= loss or size < 1e-6:
+            if lower < loss:
                 break
-            size /= 2
+        else:
+            return weights  # but for rounding
         weights = weights - size * step
         done = loss - lower < 1e-9 * max(abs(loss), 1.0)
         share, loss = tried, lower
@@ -216,13 +220,16 @@ def _smoothing() -> Floats:
     return smooth
 
 
-def _chain(judged: Sequence[_core.Judged]) -> list[float]:
-    """How often the text's next token is right, by equal tokens before it."""
+def _chain(judged: Sequence[tuple[NDArray[np.int8], NDArray[np.int8]]]) -> list[float]:
+    """How often the text's next token is right, by equal tokens before it.
+
+    Args:
+        judged: of each answer [R] equal tokens before the root, and [R] how many after are right.
+    """
     hits, counts = np.zeros(NGRAM + 1), np.zeros(NGRAM + 1)
-    for one in judged:
-        rows = len(one["found"])
-        for row, (found, kept) in enumerate(zip(one["found"], one["kept"], strict=True)):
-            tried = min(int(kept) + 1, rows - row, AHEAD) if found else 0
+    for lengths, rights in judged:
+        for row, (found, kept) in enumerate(zip(lengths, rights, strict=True)):
+            tried = min(int(kept) + 1, len(lengths) - row, AHEAD) if found else 0
             matched = np.minimum(int(found) + np.arange(tried), NGRAM)
             np.add.at(counts, matched, 1)
             np.add.at(hits, matched[: int(kept)], 1)
@@ -231,10 +238,10 @@ def _chain(judged: Sequence[_core.Judged]) -> list[float]:
         total = float(counts[length]) + strength
         before = (float(hits[length]) + strength * before) / total if total else 0.0
         strength = _STRENGTH
-        chain.append(_short(before))
+        chain.append(short(before))
     return chain
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """Six digits say all that is known."""
     return float(f"{value:.6g}")

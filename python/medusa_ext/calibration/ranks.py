@@ -254,9 +254,8 @@ def collect(
             if len(rows):
                 _core.head_candidates(model, rows, ids, logits)
             parts.append(_ranks_of(tokens[start:end], ids))
-            best = slice(0, GUESS_CANDIDATES)
-            ids, logits = ids[..., best].copy(), logits[..., best].copy()
-            answers.append(Offered(text.tokens, start, end, ids, logits))
+            best = (ids[..., :GUESS_CANDIDATES].copy(), logits[..., :GUESS_CANDIDATES].copy())
+            answers.append(Offered(text.tokens, start, end, *best))
             starts.append(starts[-1] + len(rows))
             categories.append(text.category)
             origins.append(origin)

@@ -11,8 +11,6 @@ from typing import Any
 
 from medusa_ext import _core
 from medusa_ext.calibration.file import (
-    DYNAMIC,
-    LOOKUP,
     STATIC,
     Calibration,
     device_of,
@@ -22,11 +20,11 @@ from medusa_ext.calibration.file import (
     read_calibration,
     write_calibration,
 )
-from medusa_ext.calibration.guesses import Weights, compiled, fit
-from medusa_ext.calibration.ranks import Ranks, Walk, collect, joined, walk, walk_dynamic
+from medusa_ext.calibration.guesses import short
+from medusa_ext.calibration.predict import Content, statistics
+from medusa_ext.calibration.ranks import collect
 from medusa_ext.calibration.step_times import PREFILL_CHUNK, Decoders, answer
 from medusa_ext.calibration.texts import Text, read_data, read_prompts
-from medusa_ext.calibration.tree_search import search
 from medusa_ext.device import check_model, kind_of, open_device
 from medusa_ext.distill.prompts import Prompt
 from medusa_ext.distill.records import read_records
@@ -42,18 +40,15 @@ from medusa_ext.loading.ngrams import NGRAMS_FILE, Ngrams, count_ngrams, find_ng
 from medusa_ext.memory import Guesses, Limits, Sizes, check_memory
 from medusa_ext.options import integer
 from medusa_ext.prompts import PromptEncoder
-from medusa_ext.trees import MAX_NODES, MAX_RANKS, Paths
+from medusa_ext.trees import MAX_NODES, MAX_RANKS
 
 NODES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 TIMED_PROMPTS = 8
 TIMED_TOKENS = 64
-_STORED_RANKS = 64
 _ANSWERS_AT_ONCE = 8
-_FEW_TOKENS = 5000
 
 # progress(what, how many in all) -> done(how many more)
 Progress = Callable[[str, int], Callable[[int], None]]
-Content = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -302,11 +297,7 @@ class _Work:
     def statistics(
         self, texts: Sequence[Text], nodes: Sequence[int], ngrams: Ngrams | None
     ) -> Content:
-        """Accuracies, trees and weights, and what they will do.
-
-        Each half of the texts says what trees and weights that the other half chose will do; those
-        of all texts are kept.
-        """
+        """What the texts say of heads and trees, see `predict`."""
         heads = self.config["heads"]
         ranks = collect(
             self.loaded.model,
@@ -316,50 +307,8 @@ class _Work:
             hidden_size=self.config["hidden_size"],
             done=self.progress("ranks", sum(len(text.tokens) for text in texts)),
         )
-        first, second = ranks.halves()
-        if not (len(first.ranks) and len(second.ranks)):
-            raise LoadError(
-                f"the data hold {len(texts)} texts; wanted at least 2 with answers of 2 tokens or "
-                "more: one to choose trees, one to predict what they do"
-            )
-        if ranks.num_tokens < _FEW_TOKENS:
-            warnings.warn(
-                f"the data hold {ranks.num_tokens} tokens that the model wrote; with fewer than "
-                f"{_FEW_TOKENS} the tree and what it is said to do are rough",
-                stacklevel=2,
-            )
         sizes = [count for count in nodes if count > 1] or NODES[1:]
-        chosen = _Chosen.of(ranks, sizes, ngrams)
-        crossed = [
-            (_Chosen.of(first, sizes, ngrams), second),
-            (_Chosen.of(second, sizes, ngrams), first),
-        ]
-        nodes = [count for count in nodes if count <= len(chosen.paths) + 1]
-        return {
-            "answers": len(ranks.categories),
-            **_accuracies(ranks),
-            "tree": chosen.paths,
-            "values": [_short(value) for value in chosen.values],
-            "guesses": {kind: found.content() for kind, found in chosen.weights.items()},
-            "predicted": [
-                {"nodes": count}
-                | _predicted(crossed, count, STATIC)
-                | {"chosen_on": _short(chosen.walk(ranks, count, STATIC).tokens_per_step)}
-                | {kind: _predicted(crossed, count, kind) for kind in chosen.weights}
-                for count in nodes
-            ],
-            "by_category": {
-                name: _accuracies(part)
-                | {
-                    "tokens_per_step" if kind == STATIC else kind: {
-                        str(count): _predicted(crossed, count, kind, name)["tokens_per_step"]
-                        for count in nodes
-                    }
-                    for kind in (STATIC, *chosen.weights)
-                }
-                for name, part in ranks.by_category().items()
-            },
-        }
+        return statistics(ranks, ngrams, nodes, sizes)
 
     def timed(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Some of the prompts, of every kind, to take the time of steps after."""
@@ -387,8 +336,8 @@ class _Work:
             if count in seconds
         }
         return {
-            "seconds": {str(count): _short(value) for count, value in seconds.items()},
-            "tokens_per_s": {str(count): _short(rate) for count, rate in rates.items()},
+            "seconds": {str(count): short(value) for count, value in seconds.items()},
+            "tokens_per_s": {str(count): short(rate) for count, rate in rates.items()},
             "nodes": max(rates, key=lambda count: rates[count], default=1),
         }
 
@@ -425,7 +374,7 @@ class _Work:
             by_category[name] = {
                 str(count): {
                     "predicted": known.get(str(count)),
-                    "measured": _short(measured[name, count].tokens_per_step),
+                    "measured": short(measured[name, count].tokens_per_step),
                 }
                 for count in nodes
             }
@@ -437,9 +386,9 @@ class _Work:
                 {
                     "nodes": count,
                     "predicted": predicted[count]["tokens_per_step"],
-                    "measured": _short(measured["", count].tokens_per_step),
+                    "measured": short(measured["", count].tokens_per_step),
                     "predicted_tokens_per_s": times["tokens_per_s"].get(str(count)),
-                    "measured_tokens_per_s": _short(measured["", count].tokens_per_s),
+                    "measured_tokens_per_s": short(measured["", count].tokens_per_s),
                 }
                 for count in nodes
                 if count in predicted
@@ -470,58 +419,3 @@ class _Measured:
     @property
     def tokens_per_s(self) -> float:
         return self.later_tokens / self.seconds if self.seconds else 0.0
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """What some texts chose: paths and their values, weights of dynamic trees by their kind."""
-
-    paths: Paths
-    values: list[float]
-    weights: dict[str, Weights]
-    ngrams: _core.Ngrams | None
-
-    @staticmethod
-    def of(ranks: Ranks, sizes: Sequence[int], ngrams: Ngrams | None) -> _Chosen:
-        known = compiled(ngrams)
-        weights = {
-            kind: fit(ranks.answers, known, with_lookup=kind == LOOKUP)
-            for kind in (DYNAMIC, LOOKUP)
-        }
-        return _Chosen(*search(ranks, MAX_NODES - 1, sizes), weights, known)
-
-    def walk(self, ranks: Ranks, nodes: int, kind: str) -> Walk:
-        """Through other texts."""
-        if kind == STATIC:
-            return walk(ranks, self.paths[: nodes - 1])
-        return walk_dynamic(ranks, self.weights[kind].model(self.ngrams), nodes)
-
-
-def _predicted(
-    crossed: Sequence[tuple[_Chosen, Ranks]], nodes: int, kind: str, category: str | None = None
-) -> Content:
-    """What each half of the texts, or of a category's, takes with what the other one chose."""
-    walks = []
-    for chosen, held in crossed:
-        part = held if category is None else held.by_category().get(category)
-        walks += [] if part is None else [chosen.walk(part, nodes, kind)]
-    done = joined(walks)
-    return {
-        "tokens_per_step": _short(done.tokens_per_step),
-        "error": None if done.error is None else _short(done.error),
-        "tokens_per_later_step": _short(done.tokens_per_later_step),
-    }
-
-
-def _accuracies(ranks: Ranks) -> Content:
-    shares, counts = ranks.accuracies()
-    return {
-        "tokens": ranks.num_tokens,
-        "heads": [[_short(share) for share in row[:_STORED_RANKS]] for row in shares],
-        "counts": counts.tolist(),
-    }
-
-
-def _short(value: float) -> float:
-    """Six digits say all that is known."""
-    return float(f"{value:.6g}")

@@ -18,6 +18,7 @@ weighted difference: Seymore and Rosenfeld, "Scalable backoff language models", 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import struct
@@ -46,7 +47,8 @@ MAX_ENTRIES = 60_000
 STEP = 1 / 8  # nats
 
 _K = 4.0  # how much an estimate without the context weighs, as a count
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 16 << 20
+_MAX_TOKENS = 10_000_000
 _REPAIR = "make it again with `medusa-ext calibrate ... --ngrams`, or remove it"
 _FORMAT = {"format": "medusa_ext.ngrams", "version": "1"}
 # Arrays of one length stand together; gains are i8, the others the smallest type that holds them.
@@ -87,6 +89,11 @@ class Ngrams:
     pair_gains: NDArray[np.int8]
     vocab_size: int
 
+    @property
+    def digest(self) -> str:
+        """Of all of it: 16 hexadecimal digits."""
+        return hashlib.sha256(_to_bytes(self)).hexdigest()[:16]
+
     def gain(self, before: int, last: int, token: int) -> int:
         """Of `token` after the tokens `before` and `last`, in steps; plain, not fast."""
         known = self._entries(last)
@@ -124,7 +131,8 @@ def count_ngrams(
 
     An n-gram counts where the model wrote its last token; the others may be the prompt's. Entries
     are seen twice or more and are the first by count times the gain that their loss would cost.
-    Of those, three tokens go where the first two are no entry: their place is at that one.
+    Of those, three tokens go where the first two are no entry: their place is at that one. The
+    first 10 million tokens count: some 85 bytes are needed for each, and more say little more.
 
     Args:
         records: of the model's text.
@@ -133,7 +141,11 @@ def count_ngrams(
     """
     none: NDArray[np.int64] = np.zeros(0, np.int64)
     written, last, after_one, pairs, after_two = ([none] for _ in range(5))
+    seen = 0
     for record in records:
+        if seen >= _MAX_TOKENS:
+            break
+        seen += len(record.ids)
         ids, mask = record.ids.astype(np.int64), record.generated
         written.append(ids[mask])
         last.append(ids[:-1][mask[1:]])
