@@ -62,4 +62,11 @@ def test_they_are_used_and_change_nothing(demo_path: Path) -> None:
     assert len({tuple(result.token_ids) for result in results}) == 1
     plain, _, small, large = (result.stats.tokens_per_step for result in results)
     assert plain == 1.0
-    assert large > small > 1.3
+    assert large > small > 1.5
+
+
+def test_steps_grow_trees_of_all_that_comes_with_them(demo_path: Path) -> None:
+    with Engine("demo", threads=2, max_context=256, tree=4) as engine:
+        assert engine.info["drafter"] == "4 Medusa heads, n-grams, lookup; dynamic trees"
+    files = sum(path.stat().st_size for path in DEMO_HEADS.iterdir())
+    assert files <= 8 << 20
