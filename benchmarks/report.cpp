@@ -10,6 +10,7 @@
 #include <sstream>
 
 #include "core/json.h"
+#include "matrix_rate.h"
 #include "medusa/error.h"
 
 namespace medusa::bench {
@@ -126,8 +127,20 @@ Machine describe(const std::string& program, const Common& common, Backend& back
   if (common.matrix_tflops > 0) {
     m.matrix_tflops = common.matrix_tflops;
     m.matrix_source = "measured, given on the command line";
+  } else if (common.on_cpu()) {
+    const std::string detail = backend.detail();
+    m.matrix_rates = matrix_rates(detail.substr(0, detail.find(',')), backend.threads());
   }
   return m;
+}
+
+double Machine::matrix_rate(const std::string& dtype) const {
+  if (matrix_tflops > 0) return matrix_tflops;
+  // Blocks are multiplied as 8-bit integers; f16 is widened to f32.
+  const auto found = matrix_rates.find(dtype.starts_with("q") ? "int8" : dtype);
+  const auto other = matrix_rates.find("f32");
+  if (found != matrix_rates.end()) return found->second;
+  return other == matrix_rates.end() ? 0 : other->second;
 }
 
 std::string markdown(const Machine& m) {
@@ -145,6 +158,12 @@ std::string markdown(const Machine& m) {
   out << "\n- matrix rate: ";
   if (m.matrix_tflops > 0) {
     out << fixed(m.matrix_tflops, 0) << " TFLOP/s (" << m.matrix_source << ")\n";
+  } else if (!m.matrix_rates.empty()) {
+    std::string rates;
+    for (const auto& [name, rate] : m.matrix_rates) {
+      rates += concat(rates.empty() ? "" : ", ", name, " ", fixed(rate, 2));
+    }
+    out << rates << " TFLOP/s measured in registers\n";
   } else {
     out << "unknown\n";
   }
@@ -163,6 +182,9 @@ std::string json_members(const Machine& m) {
       << ", \"datasheet_gbs\": " << fixed(m.datasheet_gbs, 0)
       << ", \"matrix_tflops\": " << fixed(m.matrix_tflops, 1)
       << ", \"matrix_source\": " << json::quote(m.matrix_source);
+  for (const auto& [name, rate] : m.matrix_rates) {
+    out << ", \"" << name << "_tflops\": " << fixed(rate, 3);
+  }
   return out.str();
 }
 
@@ -238,8 +260,8 @@ void Report::add(const std::string& op, const std::string& shape, const std::str
   const double memory_s = 1e-9 * static_cast<double>(num_bytes) / machine_.copy_gbs;
   const double share = memory_s / time;
   std::string bound = "-", matrix_share = "-";
-  if (machine_.matrix_tflops > 0) {
-    const double compute_s = 1e-12 * static_cast<double>(flops) / machine_.matrix_tflops;
+  if (const double rate = machine_.matrix_rate(dtype); rate > 0) {
+    const double compute_s = 1e-12 * static_cast<double>(flops) / rate;
     bound = std::max(memory_s, compute_s) < kLaunchSeconds ? "launch"
             : memory_s >= compute_s                        ? "memory"
                                                            : "compute";

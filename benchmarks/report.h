@@ -24,6 +24,9 @@ struct Machine {
   std::string bandwidth_kind;  // of copy_gbs: "read" on the CPU
   std::string matrix_source;
   double copy_gbs = 0, datasheet_gbs = 0, matrix_tflops = 0;
+  std::map<std::string, double> matrix_rates;  // of a CPU, see matrix_rate.h
+
+  double matrix_rate(const std::string& dtype) const;  // TFLOP/s; 0: unknown
 };
 
 // Measures the bandwidth, unless the command line gives a greater one.

@@ -15,7 +15,8 @@ else()
   set(commit "${MEDUSA_COMMIT}")
 endif()
 
-add_library(medusa_bench STATIC benchmarks/arguments.cpp benchmarks/report.cpp)
+add_library(medusa_bench STATIC benchmarks/arguments.cpp benchmarks/matrix_rate.cpp
+                                benchmarks/report.cpp)
 target_link_libraries(medusa_bench PUBLIC medusa_core)
 target_compile_definitions(
   medusa_bench
