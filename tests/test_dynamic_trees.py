@@ -134,10 +134,10 @@ def with_ngrams(calibrated, folder: Path) -> Path:
 def test_other_ngrams_are_a_warning(calibrated, tmp_path) -> None:
     heads = with_ngrams(calibrated, tmp_path / "heads")
     (heads / "ngrams.safetensors").unlink()
-    with pytest.warns(UserWarning, match="calibrated with other n-grams than none beside them"):
+    with pytest.warns(UserWarning, match="table of n-grams is missing"):
         Engine(calibrated.model, heads, threads=1, tree=4).close()
     save_ngrams(heads / "ngrams.safetensors", ngrams_of([[5, 6] * 9], VOCAB))
-    with pytest.warns(UserWarning, match="with other n-grams than those beside them"):
+    with pytest.warns(UserWarning, match="is not the one that they were calibrated with"):
         Engine(calibrated.model, heads, threads=1, tree=4).close()
 
 
@@ -177,7 +177,7 @@ def test_fewer_steps_and_the_same_tokens(calibrated, sampled) -> None:
     ("options", "words"),
     [
         ({"lookup": "yes"}, "lookup must be True, False or None, got 'yes'"),
-        ({"lookup": True, "tree": [[0]]}, r"the tree \[\[0\]\] is your own"),
+        ({"lookup": True, "tree": [[0]]}, r"the tree \[\[0\]\] is the same in each step"),
         ({"lookup": True, "heads": None}, "beside Medusa heads; there are none"),
     ],
 )
@@ -236,6 +236,15 @@ def test_what_was_measured_with_lookup_before_is_of_no_use(calibrated, tmp_path)
         found = read_calibration(heads / FILE_NAME, config)
         assert found.step_times == rows[:1]
         assert ("check" in found.content) == (not looked)
+
+
+@pytest.mark.parametrize("check", [None, [], 5, {"device": None}, {"device": 3}])
+def test_damaged_checks_from_before(calibrated, tmp_path, check) -> None:
+    heads = before_guesses(calibrated, tmp_path / "heads")
+    content = json.loads((heads / FILE_NAME).read_text()) | {"check": check}
+    (heads / FILE_NAME).write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="check.*a published tree is used"):
+        Engine(calibrated.model, heads, threads=1, tree=4).close()
 
 
 def test_calibrations_from_before(calibrated, tmp_path, capsys) -> None:
@@ -324,6 +333,13 @@ def test_calibrate_counts_ngrams(calibrated, tmp_path, capsys) -> None:
     old, new = calibrated.content, json.loads((heads / FILE_NAME).read_text())
     steps = [one["predicted"][1][DYNAMIC]["tokens_per_step"] for one in (old, new)]
     assert steps[1] > steps[0]  # of the very text that was counted
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run([*arguments[:-2], "--data", str(calibrated.data), "--out", str(elsewhere)]) == 0
+    table = (heads / "ngrams.safetensors").read_bytes()
+    assert (elsewhere / "ngrams.safetensors").read_bytes() == table
     again = json.loads(json.dumps(new))
     assert run(arguments[:-2]) == 0  # what is there serves on
     assert json.loads((heads / FILE_NAME).read_text())["guesses"] == again["guesses"]
@@ -407,4 +423,4 @@ def test_the_command_line(calibrated, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "medusa.json").write_text("[[0]]")
     arguments = ["generate", "hi", "-m", str(calibrated.model), "--heads", str(calibrated.heads)]
     assert run([*arguments, "--tree", "medusa.json", "--lookup"]) == 2
-    assert "is your own" in capsys.readouterr().err
+    assert "is the same in each step" in capsys.readouterr().err

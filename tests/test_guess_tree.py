@@ -29,7 +29,6 @@ def test_what_follows_two_tokens() -> None:
     ngrams = random_ngrams(np.random.default_rng(1))
     found = compiled(ngrams)
     assert compiled(None) is None
-    assert found.num_bytes > 0
     for before in range(-1, TOKENS):
         for last in range(TOKENS):
             gains = [found.gain(before, last, token) for token in range(TOKENS)]
@@ -180,6 +179,17 @@ def test_a_token_that_is_offered_twice_is_one_node() -> None:
     assert paths_of(nodes) == [(0,) * depth for depth in range(1, 7)]
 
 
+def test_a_logit_that_is_no_number_hides_nothing() -> None:
+    """The text's token is offered all the same."""
+    weights = Weights([[1.0, 0.0, 0.0]], [[9.0] * NGRAM], [0.5] * NGRAM)
+    text = [1, 2, 3, 1]
+    for logits in ([2.0, 1.0, 0.0], [2.0, 1.0, -np.inf], [2.0, 1.0, np.nan]):
+        ids = np.array([[5, 6, 7]], np.int32)
+        scores = np.array([logits], np.float32)
+        nodes = _core.grow_tree(weights.model(None), text, ids, scores, 3, 1)
+        assert nodes[0] == (0, 2)
+
+
 def offered(random: np.random.Generator, rows: int, heads: int) -> Offered:
     """A text of 3 tokens and an answer, and what nobody learned to guess."""
     tokens = random.integers(0, TOKENS, rows + 4).tolist()
@@ -279,7 +289,8 @@ def test_logits_that_are_no_numbers_offer_nothing() -> None:
     found = fit([one], None, with_lookup=False)
     assert np.isfinite(found.heads).all()
     judged = one.judge(None, with_lookup=False)
-    assert (judged["right"] >= 3).any()  # as a place, which counts as none
+    assert (judged["right"] < 3).all()
+    assert np.isfinite(judged["log_share"]).sum() == 3 * len(judged["right"])
     one.logits[:] = np.nan
     assert np.isfinite(fit([one], None, with_lookup=False).heads).all()
 

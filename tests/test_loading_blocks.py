@@ -341,6 +341,13 @@ def test_planned_bytes_of_blocks(tmp_path):
 # Loaded
 
 
+def candidates(model: _core.Model, hidden: np.ndarray, width: int) -> np.ndarray:
+    """Of its three heads, [3, R, width]."""
+    ids = np.full((3, len(hidden), width), -1, np.int32)
+    _core.head_candidates(model, hidden, ids, np.empty(ids.shape, np.float32))
+    return ids
+
+
 def scores(model: _core.Model) -> np.ndarray:
     tokens = list(range(3, 40))
     logits = np.full((len(tokens), util.VOCAB), np.nan, np.float32)
@@ -423,10 +430,7 @@ def test_quantised_in_export_as_in_loading(files, tmp_path, source, weights):
     model = _core.load_model(str(out), loaded.stored.dtype, backend)
     np.testing.assert_array_equal(scores(model), scores(loaded.model))
     hidden = np.random.default_rng(0).standard_normal((20, 256)).astype(np.float32)
-    found = [np.full((3, 20, 32), -1, np.int32) for _ in range(2)]
-    for ids, one in zip(found, (model, loaded.model), strict=True):
-        _core.head_candidates(one, hidden, ids)
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*(candidates(one, hidden, 32) for one in (model, loaded.model)))
 
 
 @pytest.mark.parametrize(("kind", "package"), [("q8_0", "Q8_0"), ("q4_1", "Q4_1")])
@@ -515,8 +519,7 @@ def test_frequent_rows_of_a_model_in_blocks(files, tmp_path):
         load_model(files["Q4_0"], heads, head_vocab=40, backend=backend).model,
         _core.load_model(str(out), "bf16", backend),
     ):
-        found.append(np.full((3, 20, 8), -1, np.int32))
-        _core.head_candidates(model, hidden, found[-1])
+        found.append(candidates(model, hidden, 8))
     np.testing.assert_array_equal(found[0], found[1])
     assert set(found[0].ravel()) <= set(ids.tolist())
 
@@ -534,8 +537,7 @@ def test_heads_of_another_type_than_the_model(files, tmp_path, own_lm_head):
     found = {}
     for weights in ("f32", "auto", "q8"):
         model = load_model(files["Q8_0"], folder, weights=weights, backend=backend).model
-        found[weights] = np.full((3, 50, 4), -1, np.int32)
-        _core.head_candidates(model, hidden, found[weights])
+        found[weights] = candidates(model, hidden, 4)
     for weights in ("auto", "q8"):
         assert (found[weights][..., 0] == found["f32"][..., 0]).mean() > 0.9
 

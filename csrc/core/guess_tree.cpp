@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <queue>
 #include <vector>
@@ -136,7 +137,7 @@ Offers head_offers(const GuessSources& from, int depth) {
   const int width = std::min(from.width, kDrawnCandidates);
   float best = -1e30f, worst = 0.0f;
   for (int i = 0; i < width; ++i) {
-    if (ids[i] < 0) continue;
+    if (ids[i] < 0 || !std::isfinite(logits[i])) continue;
     offers.list[static_cast<size_t>(offers.count++)] = {ids[i], logits[i], 0.0f,
                                                         noise_of(from, depth, ids[i]), false};
     best = std::max(best, logits[i]);

@@ -16,12 +16,12 @@ constexpr int64_t kRankedAtOnce = 64;  // rows of head_candidates(), so that the
 HeadRunner::HeadRunner(std::shared_ptr<const Model> model)
     : model_(std::move(model)), ops_(*model_->backend) {
   const HeadsConfig& heads = model_->config.heads;
-  MEDUSA_CHECK_ARG(heads.num_heads > 0, "medusa drafter: the model has no heads");
+  MEDUSA_CHECK_ARG(heads.num_heads > 0, "Medusa heads: the model has no heads");
   const Head& first = model_->heads.front();
   for (const Head& head : model_->heads) {
     bool same = !head.lm_head || head.lm_head->dtype() == first.lm_head->dtype();
     for (const auto& block : head.blocks) same &= block->dtype() == first.blocks[0]->dtype();
-    MEDUSA_CHECK_ARG(same, "medusa drafter: the heads are stored in different types");
+    MEDUSA_CHECK_ARG(same, "Medusa heads: the heads are stored in different types");
   }
   head_vocab_ = heads.head_vocab > 0 ? heads.head_vocab : model_->config.vocab_size;
 }

@@ -130,10 +130,4 @@ int Ngrams::After::frequent(std::array<int32_t, kFrequent>& tokens) const {
   return count;
 }
 
-int64_t Ngrams::num_bytes() const {
-  return static_cast<int64_t>(
-      rows_.size() * (sizeof(Row) + sizeof(frequent_[0])) + contexts_.size() * sizeof(int32_t) +
-      tokens_.size() * (sizeof(int32_t) + sizeof(float)) + pair_row_.size() * sizeof(int32_t));
-}
-
 }  // namespace medusa

@@ -62,7 +62,6 @@ class Ngrams {
   After after(int32_t before, int32_t last) const;
 
   int32_t max_token() const { return max_token_; }
-  int64_t num_bytes() const;
 
  private:
   struct Row {

@@ -115,8 +115,7 @@ void bind_guesses(py::module_& m) {
             const int count = self.after(before, last).frequent(tokens);
             return std::vector<int32_t>(tokens.begin(), tokens.begin() + count);
           },
-          py::arg("before"), py::arg("last"))
-      .def_property_readonly("num_bytes", &Ngrams::num_bytes);
+          py::arg("before"), py::arg("last"));
 
   py::classh<GuessModel>(m, "GuessModel")
       .def(py::init([](const std::vector<HeadWeights>& heads, std::vector<float> chain,

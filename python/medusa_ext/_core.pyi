@@ -210,8 +210,6 @@ class Ngrams:
         """Nats by which a token is likelier after two others than elsewhere."""
     def frequent(self, before: int, last: int) -> list[int]:
         """Up to 8 tokens that follow two others most often, then those that follow the last."""
-    @property
-    def num_bytes(self) -> int: ...
 
 class GuessModel:
     """Weights of what a dynamic tree grows from, see `medusa_ext.calibration.guesses`.

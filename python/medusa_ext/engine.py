@@ -144,7 +144,8 @@ class Engine:
         found = find_calibration(checkpoint)
         if lookup and not checkpoint.config["heads"]["num_heads"]:
             raise ValueError(
-                "lookup is True, but it takes part beside Medusa heads; there are none"
+                "lookup is True, but it takes part beside Medusa heads; there are none: leave it "
+                'out (heads="prompt-lookup" guesses from the text already)'
             )
         self._trees = kind_of_trees(lookup, tree, found, kind)
         auto = auto_tree(found, kind, stored, backend.threads, self._trees)

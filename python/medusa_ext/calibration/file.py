@@ -166,11 +166,15 @@ def find_calibration(checkpoint: Checkpoint) -> Calibration | None:
     if found is None or not found.knows_guesses:
         return found
     ngrams = find_ngrams(checkpoint)
-    if (None if ngrams is None else ngrams.digest) != found.content["guesses"].get("ngrams"):
+    wanted = found.content["guesses"].get("ngrams")
+    if (None if ngrams is None else ngrams.digest) != wanted:
+        what = "is missing" if ngrams is None else "is not the one that they were calibrated with"
+        repair = f"copy {NGRAMS_FILE} from where they were calibrated, or calibrate them again"
+        if checkpoint.metadata is not None:
+            repair = "export again from a folder of heads that is whole"
         warnings.warn(
-            f"{checkpoint.source.given}: its heads were calibrated with other n-grams than "
-            f"{'none' if ngrams is None else 'those'} beside them, and guess worse; copy "
-            f"{NGRAMS_FILE} from where they were calibrated, or run `medusa-ext calibrate`",
+            f"{checkpoint.source.given}: the heads' table of n-grams {what}, so that they guess "
+            f"worse; {repair}",
             stacklevel=3,
         )
     return replace(found, ngrams=ngrams)
@@ -182,8 +186,8 @@ def check_lookup(asked: object, tree: Tree) -> None:
         raise ValueError(f"lookup must be True, False or None, got {shown(asked)}")
     if asked and not is_chosen(tree):
         raise ValueError(
-            f"lookup is True, but the tree {shown(tree)} is your own, which leaves the text no "
-            'room; give tree="auto" or a number of nodes'
+            f"lookup is True, but the tree {shown(tree)} is the same in each step, which leaves "
+            'the text no room; give tree="auto" or a number of nodes'
         )
 
 
@@ -323,13 +327,13 @@ def _checked(content: object, config: Mapping[str, Any]) -> Calibration:
             f"{config['vocab_size']}"
         )
     _match(content, _SHAPE)
+    if "check" in content:
+        _match(content["check"], _CHECK, "check")
     if "guesses" not in content:  # what was measured with lookup then was of another method
         old = {"lookup": True}.items()
         content["step_times"] = [row for row in content["step_times"] if not old <= row.items()]
-        if old <= dict(content.get("check", {}).get("device", {})).items():
+        if "check" in content and old <= content["check"]["device"].items():
             del content["check"]
-    if "check" in content:
-        _match(content["check"], _CHECK, "check")
     tree, rows = content["tree"], content["step_times"]
     if len(tree) >= MAX_NODES:
         raise ValueError(f"tree must be a list of up to {MAX_NODES - 1} paths")

@@ -156,17 +156,14 @@ def _regress(
         matched: [n] equal tokens, 1 to NGRAM, of those that it said.
     """
     count = len(right)
-    offered = np.isfinite(log_share)  # a logit that is no number offers nothing
-    everyone = np.arange(count)
-    right = np.where((right >= 0) & offered[everyone, right], right, -1)
-    told = np.where((told >= 0) & offered[everyone, told], told, -1)
+    offered = np.isfinite(log_share)
     features = np.zeros((count, log_share.shape[1] + 1, 4))  # the last class: all other tokens
     features[:, :-1, 0] = np.where(offered, log_share, 0.0)
     features[:, :-1, 1] = gain
     features[:, -1, 2] = 1.0
     said = np.flatnonzero(told >= 0)
     features[said, told[said], 3] = 1.0
-    wanted = features[everyone, np.where(right < 0, log_share.shape[1], right)]
+    wanted = features[np.arange(count), np.where(right < 0, log_share.shape[1], right)]
     slot = np.where(matched > 0, matched - 1, 0)
     weights = np.zeros(3 + NGRAM)
     smooth = _smoothing()

@@ -23,7 +23,9 @@ def print_report(content: dict[str, Any], console: Console) -> None:
     console.print(f"predicted on text that did not choose the tree (± standard error){measured}\n")
     console.print(_nodes(content))
     if "guesses" in content:
-        console.print(f"tokens/s of {_NAMES[kind_of_row(times)]} trees")
+        console.print(
+            f"tokens/step: one tree for all steps; tokens/s of {_NAMES[kind_of_row(times)]} trees"
+        )
     console.print('* the best on this device, from which tree="auto" starts')
     if content["by_category"] or check.get("by_category"):
         console.print("\nBy category:\n")
@@ -44,7 +46,7 @@ def _nodes(content: dict[str, Any]) -> Table:
     measured = {row["nodes"]: row for row in check.get("all", [])}
     table = _table(
         ["nodes", "step ms", "tokens/step"]
-        + (["dynamic", "with lookup"] if "guesses" in content else [])
+        + (["dynamic trees", "with lookup"] if "guesses" in content else [])
         + ["tokens/s"]
         + (["measured tokens/step", "off by", "measured tokens/s"] if check else []),
     )

@@ -36,7 +36,14 @@ from medusa_ext.loading import (
     open_checkpoint,
 )
 from medusa_ext.loading.exporting import CALIBRATION_FILE
-from medusa_ext.loading.ngrams import NGRAMS_FILE, Ngrams, count_ngrams, find_ngrams, save_ngrams
+from medusa_ext.loading.ngrams import (
+    NGRAMS_FILE,
+    Ngrams,
+    count_ngrams,
+    find_ngrams,
+    read_ngrams,
+    save_ngrams,
+)
 from medusa_ext.memory import Guesses, Limits, Sizes, check_memory
 from medusa_ext.options import integer
 from medusa_ext.prompts import PromptEncoder
@@ -139,7 +146,15 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
             f"{path} does not exist yet; give held-out text with --data, which it is made from"
         )
     nodes = _sizes(request.nodes, content, path)
-    ngrams = find_ngrams(checkpoint)
+    ngrams, beside = find_ngrams(checkpoint), path.with_name(NGRAMS_FILE)
+    if data is None and beside.is_file():  # that which the calibration beside it knows
+        ngrams = read_ngrams(beside, str(beside), config["vocab_size"])
+    if request.data in request.ngrams:
+        warnings.warn(
+            f"{request.data} is counted by --ngrams and predicted on: what is said of it is too "
+            "good; give text of its own with --data",
+            stacklevel=2,
+        )
     if request.ngrams:
         records = (
             record
@@ -202,8 +217,8 @@ def calibrate(request: Request, progress: Progress) -> tuple[Content, Path]:
                 stacklevel=2,
             )
         content["check"] = work.check(decoders, asked, prompts, content, row)
-    if request.ngrams and ngrams is not None:
-        save_ngrams(path.with_name(NGRAMS_FILE), ngrams)
+    if ngrams is not None and (request.ngrams or (data is not None and not beside.is_file())):
+        save_ngrams(beside, ngrams)
     write_calibration(path, content)
     return content, path
 

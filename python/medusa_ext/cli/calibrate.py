@@ -34,7 +34,8 @@ def calibrate(
         list[Path] | None,
         typer.Option(
             help="Text that the model wrote (JSONL of distill), to count anew which tokens follow"
-            " which; may be repeated. train has done so for the heads that it made."
+            " which, into ngrams.safetensors; may be repeated. Not the text of --data. train has"
+            " done so for the heads that it made."
         ),
     ] = None,
     prompts: Annotated[
