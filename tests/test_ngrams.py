@@ -315,7 +315,7 @@ def good() -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return arrays, {"format": "medusa_ext.ngrams", "version": "1", "vocab_size": "12"}
 
 
-def refused(path: Path, words: str) -> None:
+def refused(path: Path, words: str) -> bool:
     """As a file and as bytes, in one line that says what to do."""
     for source in (path, path.read_bytes()):
         with pytest.raises(LoadError, match=words) as error:
@@ -324,6 +324,7 @@ def refused(path: Path, words: str) -> None:
         assert text.startswith("this table: ")
         assert text.endswith("make it again with `medusa-ext calibrate ... --ngrams`, or remove it")
         assert "\n" not in text
+    return True
 
 
 def test_the_table_to_damage_is_good(tmp_path):
@@ -346,7 +347,7 @@ def test_the_table_to_damage_is_good(tmp_path):
 def test_a_damaged_table(tmp_path, change, words):
     tensors, metadata = change(*good())
     save_file(tensors, tmp_path / NGRAMS_FILE, metadata)
-    refused(tmp_path / NGRAMS_FILE, words)
+    assert refused(tmp_path / NGRAMS_FILE, words)
 
 
 def test_files_that_are_no_tables(tmp_path):
@@ -355,13 +356,13 @@ def test_files_that_are_no_tables(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"{}", whole[:7], whole[:40], whole[:-1], whole + b"\0", whole[8:]):
         path.write_bytes(content)
-        refused(path, r"it is no safetensors file \(")
+        assert refused(path, r"it is no safetensors file \(")
     half = {name: torch.tensor(values, dtype=torch.bfloat16) for name, values in GOOD.items()}
     save_torch(half, path, good()[1])  # of no type that NumPy has
-    refused(path, "it is no safetensors file|is bfloat16")
+    assert refused(path, "it is no safetensors file|is bfloat16")
     with path.open("wb") as file:
         file.truncate((16 << 20) + 1)
-    refused(path, "over 16777216 bytes are no table")
+    assert refused(path, "over 16777216 bytes are no table")
     path.unlink()
     for place in (path, tmp_path):
         with pytest.raises(LoadError, match="cannot read this table: "):

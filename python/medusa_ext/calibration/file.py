@@ -23,10 +23,8 @@ Old files lack `guesses` and what belongs to it.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +35,7 @@ from medusa_ext.calibration.guesses import NGRAM, Weights, compiled
 from medusa_ext.device import AUTO_NODES
 from medusa_ext.loading import Checkpoint, LoadError, Stored
 from medusa_ext.loading.exporting import CALIBRATION_FILE, CALIBRATION_KEY
+from medusa_ext.loading.files import write_whole
 from medusa_ext.loading.ngrams import NGRAMS_FILE, Ngrams, find_ngrams
 from medusa_ext.options import shown
 from medusa_ext.trees import MAX_NODES, Paths, Tree, is_chosen, resolve_tree
@@ -297,20 +296,7 @@ def write_calibration(path: Path, content: Mapping[str, Any]) -> None:
     """Write a calibration file; LoadError where the disk refuses, and nothing stays."""
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                partial.unlink()
-            raise
-    except OSError as error:
-        raise LoadError(f"cannot write {path}: {error.strerror or error}") from None
+    write_whole(path, text.encode())
 
 
 def _checked(content: object, config: Mapping[str, Any]) -> Calibration:

@@ -1,10 +1,14 @@
-"""Files of tensors, read one at a time: safetensors, pickles, and arrays made on the spot."""
+"""Files of tensors, read one at a time: safetensors, pickles, and arrays made on the spot.
+
+And files of any kind, written as a whole.
+"""
 
 import ctypes
 import importlib.util
 import json
 import math
 import mmap
+import os
 import subprocess
 import sys
 import tempfile
@@ -290,3 +294,23 @@ def _ask_torch(path: Path, rewritten: int | None) -> dict[str, Any]:
             f"with status {done.returncode}: {last[:160]}"
         )
     return answer
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that has its name only once it is whole and on the disk.
+
+    Raises:
+        LoadError: the disk refuses; nothing stays.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise LoadError(f"cannot write {path}: {error.strerror or error}") from None

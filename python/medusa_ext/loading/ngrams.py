@@ -20,11 +20,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import struct
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from medusa_ext.loading.errors import LoadError, shape_text
+from medusa_ext.loading.files import write_whole
 from medusa_ext.options import shown
 
 if TYPE_CHECKING:  # both import this module
@@ -266,20 +265,7 @@ def find_ngrams(checkpoint: Checkpoint) -> Ngrams | None:
 
 def save_ngrams(path: Path, ngrams: Ngrams) -> None:
     """Write the file; LoadError where the disk refuses, and nothing stays."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        try:
-            with partial.open("wb") as file:
-                file.write(_to_bytes(ngrams))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                partial.unlink()
-            raise
-    except OSError as error:
-        raise LoadError(f"cannot write {path}: {error.strerror or error}") from None
+    write_whole(path, _to_bytes(ngrams))
 
 
 def to_text(ngrams: Ngrams) -> str:
