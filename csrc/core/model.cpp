@@ -294,6 +294,18 @@ std::vector<TensorSpec> ModelBuilder::missing() const {
   return specs;
 }
 
+// In the order in which a pass reads them, and the next pass again.
+static void link(Model& model) {
+  Weight* last = model.lm_head ? model.lm_head.get() : model.embedding.get();
+  for (Layer& layer : model.layers) {
+    for (Weight* weight : {layer.qkv.get(), layer.o.get(), layer.gate_up.get(), layer.down.get()}) {
+      last->next = weight;
+      last = weight;
+    }
+  }
+  last->next = &model.output();
+}
+
 std::unique_ptr<Model> ModelBuilder::finish() {
   MEDUSA_CHECK_ARG(state_->model != nullptr, "the model is already finished");
   constexpr size_t kMaxListed = 8;
@@ -306,6 +318,7 @@ std::unique_ptr<Model> ModelBuilder::finish() {
     list += " and " + std::to_string(absent.size() - kMaxListed) + " more";
   }
   MEDUSA_CHECK_ARG(absent.empty(), absent.size(), " tensors are missing: ", list);
+  link(*state_->model);
   return std::move(state_->model);
 }
 

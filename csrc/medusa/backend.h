@@ -43,6 +43,10 @@ class Weight {
   DType dtype() const { return dtype_; }
   virtual int64_t num_bytes() const = 0;
 
+  // The weight that a pass multiplies by after this one, so that it may be fetched ahead; null:
+  // unknown. A hint: it changes no result, but must point to nothing that is gone.
+  const Weight* next = nullptr;
+
  protected:
   int64_t num_outputs_ = 0, num_inputs_ = 0;
   DType dtype_ = DType::f32;

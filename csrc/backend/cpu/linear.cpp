@@ -89,13 +89,15 @@ void CpuBackend::product(int64_t num_rows, const Make& make, const Weight& weigh
   const int64_t num_ranges =
       std::clamp<int64_t>(num_blocks / chunk, 1, std::min(pool_.num_threads(), kMaxRanges));
   std::array<Range, kMaxRanges> ranges;
-  const auto first_of = [&](int64_t range) { return num_blocks * range / num_ranges; };
   static std::atomic<uint64_t> last_product{0};
   const uint64_t this_product = ++last_product;
   for (int64_t index = 0; index < num_panels; ++index) {
     const Part panel(num_rows, index, num_panels);
-    for (int64_t i = 0; i < num_ranges; ++i) ranges[static_cast<size_t>(i)].next = first_of(i);
-    pool_.run(static_cast<int>(num_ranges), [&](int own_range) {
+    for (int64_t i = 0; i < num_ranges; ++i) {
+      ranges[static_cast<size_t>(i)].next = matrix.first_of(i, num_ranges);
+    }
+    pool_.run(static_cast<int>(num_ranges), [&](int /*task*/) {
+      const int thread = ThreadPool::thread_index();
       const char* rows = own ? nullptr : shared + panel.first * row_bytes;
       if (own) {
         thread_local std::vector<char> own_memory;
@@ -107,7 +109,7 @@ void CpuBackend::product(int64_t num_rows, const Make& make, const Weight& weigh
         arranged = this_product;
         rows = to;
       }
-      LinearTask part;
+      LinearTask part{};
       part.dtype = weight.dtype();
       part.weight = matrix.block(0);
       part.x = rows;
@@ -117,9 +119,14 @@ void CpuBackend::product(int64_t num_rows, const Make& make, const Weight& weigh
       part.num_rows = panel.size();
       part.num_inputs = K;
       part.num_outputs = weight.num_outputs();
+      if (weight.next != nullptr) {
+        const PackedWeight& next = packed(*weight.next);
+        part.fetch_next = next.block(next.first_of(thread % num_ranges, num_ranges));
+      }
       for (int64_t i = 0; i < num_ranges; ++i) {
-        const int64_t range = (own_range + i) % num_ranges, end = first_of(range + 1);
-        part.fetch_end = end;
+        const int64_t range = (thread + i) % num_ranges;
+        const int64_t end = matrix.first_of(range + 1, num_ranges);
+        part.fetch_end = matrix.block(end);
         std::atomic<int64_t>& next = ranges[static_cast<size_t>(range)].next;
         for (;;) {
           part.first_block = next.fetch_add(chunk, std::memory_order_relaxed);

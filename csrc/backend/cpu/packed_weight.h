@@ -29,6 +29,8 @@ class PackedWeight final : public Weight {
   char* block(int64_t index) const {
     return static_cast<char*>(memory_->data()) + index * block_bytes_;
   }
+  // First block of the range that thread `index` of `count` walks through.
+  int64_t first_of(int64_t index, int64_t count) const { return num_blocks() * index / count; }
 
  private:
   int64_t block_bytes_;

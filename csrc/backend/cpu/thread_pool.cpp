@@ -30,6 +30,7 @@ constexpr int kMaxThreads = 1024;
 
 std::atomic<uint64_t> fork_count{0};  // how many forks lie between this process and the first one
 thread_local bool inside_task = false;
+thread_local int own_index = 0;
 
 void relax() {
 #if defined(__x86_64__)
@@ -154,13 +155,18 @@ ThreadPool::ThreadPool(int num_threads) {
   state_->threads.reserve(static_cast<size_t>(num_threads_ - 1));
   try {
     for (int i = 1; i < num_threads_; ++i) {
-      state_->threads.emplace_back([state = state_.get()] { work(*state); });
+      state_->threads.emplace_back([state = state_.get(), i] {
+        own_index = i;
+        work(*state);
+      });
     }
   } catch (const std::system_error&) {  // the system gives no more threads: make do with these
     num_threads_ = 1 + static_cast<int>(state_->threads.size());
   }
   state_->most_awake = std::min(num_threads_, usable_processors()) - 1;
 }
+
+int ThreadPool::thread_index() { return own_index; }
 
 ThreadPool::~ThreadPool() {
   if (!state_) return;

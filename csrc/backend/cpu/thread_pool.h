@@ -34,6 +34,8 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int num_threads() const { return num_threads_; }
+  // 0 on a thread that calls run(), 1 to num_threads() - 1 on a pool's own.
+  static int thread_index();
 
   // body(task) once for every task in [0, num_tasks), the caller helping; returns when all are done
   // and rethrows the first exception. Calls from several threads take turns. A call from inside a

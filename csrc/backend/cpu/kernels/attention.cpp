@@ -53,7 +53,7 @@ void score_page(const T* keys, const T* next, const typename Operand<T>::X* q, i
     V sum[M][C];
     const char* fetched =
         reinterpret_cast<const char*>(next) + key / kLanes / C * (D / kStep) * kStepBytes;
-    dot_block<T, M, C, true>(keys + key * kStep, kPage * kStep, q, D, sum, fetched, kStepBytes);
+    dot_block<T, M, C>(keys + key * kStep, kPage * kStep, q, D, sum, {fetched, kStepBytes});
     for (int m = 0; m < M; ++m) {
       for (int c = 0; c < C; ++c) store(out + m * stride + key + c * kLanes, sum[m][c]);
     }

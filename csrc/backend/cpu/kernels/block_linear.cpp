@@ -30,7 +30,11 @@ constexpr int kMaxRows = 3, kWideRows = 0;
 #else
 constexpr int kMaxRows = 2, kWideRows = 0;
 #endif
-constexpr int64_t kNearBytes = 2560;
+// How far ahead of its reads one pass over a block fetches. A single row waits for memory and for
+// little else, and the hardware's own fetching does most of it; with more rows memory and
+// arithmetic take turns, which a longer way evens out (2.5 to 50 KB were tried, 20 to 40 are
+// alike).
+constexpr int64_t kNearBytes = 2560, kFarBytes = 22000;
 
 // Scales and minima of one group for the outputs [column, column + 16) of a tile.
 template <DType kType>
@@ -123,14 +127,27 @@ MEDUSA_INLINE void add_group(const Scales<kType>& scales, int group, const uint8
   }
 }
 
-// What to fetch while a block is worked on. Rows that pass over it once wait for memory, which is
-// fetched a little ahead; of several passes each fetches its share of the next block: of every
-// `every` pairs of groups the one that is `turn`.
+// What to fetch while a block is worked on. Rows that pass over it once fetch a little ahead; of
+// several passes each fetches its share of the next block: of every `every` pairs of groups the one
+// that is `turn`.
 struct Fetch {
-  const uint8_t* end;  // from here on nothing is fetched
-  int64_t block_bytes;
+  int64_t ahead;
   int every, turn;
 };
+
+// What lies `ahead` of `at`, where the end of this thread's weights is followed by its next ones.
+MEDUSA_INLINE const uint8_t* fetched(const LinearTask& task, const uint8_t* at, int64_t ahead) {
+  const int64_t beyond = at + ahead - static_cast<const uint8_t*>(task.fetch_end);
+  if (beyond < 0) return at + ahead;
+  if (task.fetch_next == nullptr) return at;  // what is there already costs little
+  return static_cast<const uint8_t*>(task.fetch_next) + beyond;
+}
+
+template <int kBytes>
+MEDUSA_INLINE void fetch_bytes(const uint8_t* from) {
+#pragma GCC unroll 34
+  for (int byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+}
 
 template <DType kType, int M>
 void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_row,
@@ -138,13 +155,13 @@ void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_r
   using Tile = BlockTile<kType>;
   constexpr int C = M <= kWideRows ? 2 : 1;
   constexpr int kParts = kColumns / (C * kLanes);
+  constexpr int kGroupBytes = Tile::kBytes / Tile::kGroups;  // with its part of the scales
   const int64_t padded = (task.num_inputs + kRowPadding - 1) / kRowPadding * kRowPadding;
   const int64_t num_tiles = (task.num_inputs + Tile::kInputs - 1) / Tile::kInputs;
   const auto* rows =
       static_cast<const uint8_t*>(task.x) + first_row * padded / kGroup * kXGroupBytes;
   fetch.every *= kParts;
   fetch.turn *= kParts;
-  const int64_t ahead = fetch.every == 1 ? kNearBytes : fetch.block_bytes;
   for (int part = 0; part < kParts; ++part, ++fetch.turn) {
     const int column = part * C * kLanes;
     V sum[M][C];
@@ -158,17 +175,17 @@ void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_r
       const Scales<kType> scales{tile, column};
       for (int group = 0; group < Tile::kGroups; group += 2) {
         const uint8_t* q = tile + Tile::kScaleBytes + group * Tile::kGroupBytes;
-        if (wait == 0) {
-          constexpr int kBytes = 2 * Tile::kBytes / Tile::kGroups;
-          const uint8_t* from = tile + group / 2 * kBytes + ahead;
-          if (from + kBytes > fetch.end) from = tile;  // what is there already costs little
-#pragma GCC unroll 34
-          for (int byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+        const bool now = wait == 0;
+        const uint8_t* from = tile;
+        if (now) {
+          from = fetched(task, tile + group * kGroupBytes, fetch.ahead);
+          fetch_bytes<M == 1 ? 2 * kGroupBytes : kGroupBytes>(from);
           wait = fetch.every;
         }
         --wait;
         q += 4 * column;
         add_group<kType, M, C, false>(scales, group, q, x, sum);
+        if (M > 1 && now) fetch_bytes<kGroupBytes>(from + kGroupBytes);
         x += M * kXGroupBytes;
         if constexpr (!Tile::kNibbles) q += Tile::kGroupBytes;
         add_group<kType, M, C, true>(scales, group + 1, q, x, sum);
@@ -203,15 +220,17 @@ void linear_of(const LinearTask& task) {
 #endif
   };
   static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kMaxRows + 1);
+  constexpr int64_t kPairBytes = 2 * Tile::kBytes / Tile::kGroups;
   const int64_t block_bytes = (task.num_inputs + Tile::kInputs - 1) / Tile::kInputs * Tile::kBytes;
   const int64_t num_tiles = (task.num_rows + kMaxRows - 1) / kMaxRows;
   const auto* weight = static_cast<const uint8_t*>(task.weight);
+  const int64_t way = task.num_rows == 1 ? kNearBytes : kFarBytes;
+  const int64_t ahead = task.num_rows > kWideRows ? block_bytes : way / kPairBytes * kPairBytes;
   for (int64_t block = task.first_block; block < task.last_block; ++block) {
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // nearly equal: 13 rows are 6 and 7
       const int64_t first = task.num_rows * tile / num_tiles;
       const int64_t last = task.num_rows * (tile + 1) / num_tiles;
-      const Fetch fetch{weight + task.fetch_end * block_bytes, block_bytes,
-                        static_cast<int>(num_tiles), static_cast<int>(tile)};
+      const Fetch fetch{ahead, static_cast<int>(num_tiles), static_cast<int>(tile)};
       kByRows[last - first](task, weight + block * block_bytes, first, block * kColumns, fetch);
     }
   }

@@ -30,13 +30,20 @@ struct Operand<Bf16> {
   MEDUSA_INLINE V multiply_add(V sum, Pairs w, Pairs x) { return dot(sum, w, x); }
 };
 
-// w_step in elements. x is [K / kStep][M][kStep], so that one pointer serves all rows. kPrefetch:
-// each step asks for C cache lines at `next`, which moves by next_step bytes. They go to the
-// second-level cache: it has more requests in flight than the first, and room for a block.
-template <class W, int M, int C, bool kPrefetch>
+// What is asked for meanwhile: C cache lines at `at` in each step, which moves by `step` bytes;
+// after `turn` steps it goes on at `next`. They go to the second-level cache: it has more requests
+// in flight than the first, and room for a block.
+struct Fetch {
+  const char* at;
+  int64_t step;
+  int64_t turn = INT64_MAX;
+  const char* next = nullptr;
+};
+
+// w_step in elements. x is [K / kStep][M][kStep], so that one pointer serves all rows.
+template <class W, int M, int C>
 MEDUSA_INLINE void dot_block(const W* w, int64_t w_step, const typename Operand<W>::X* x,
-                             int64_t num_k, V (&sum)[M][C], const char* next = nullptr,
-                             int64_t next_step = 0) {
+                             int64_t num_k, V (&sum)[M][C], Fetch fetch) {
   using Op = Operand<W>;
   using Wide = decltype(Op::load_w(w));
   constexpr int kVector = kLanes * Op::kStep;
@@ -44,12 +51,13 @@ MEDUSA_INLINE void dot_block(const W* w, int64_t w_step, const typename Operand<
     for (int c = 0; c < C; ++c) sum[m][c] = zero();
   }
   for (int64_t k = 0; k < num_k;
-       k += Op::kStep, w += w_step, x += M * Op::kStep, next += next_step) {
+       k += Op::kStep, w += w_step, x += M * Op::kStep, fetch.at += fetch.step) {
+    if (fetch.turn-- == 0) fetch.at = fetch.next;
     Wide wide[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       wide[c] = Op::load_w(w + c * kVector);
-      if constexpr (kPrefetch) __builtin_prefetch(next + c * 64, 0, 2);
+      __builtin_prefetch(fetch.at + c * 64, 0, 2);
     }
 #pragma GCC unroll 32
     for (int m = 0; m < M; ++m) {

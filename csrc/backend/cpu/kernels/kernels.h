@@ -34,7 +34,9 @@ struct LinearTask {
   bool accumulate;
   int64_t num_rows, num_inputs, num_outputs;
   int64_t first_block, last_block;
-  int64_t fetch_end;  // blocks before this one may be fetched ahead
+  // What may be fetched ahead: the weights before `fetch_end`, then those at `fetch_next` (null:
+  // unknown), which this thread reads after them.
+  const void *fetch_end, *fetch_next;
 };
 
 // Up to kTileQueries queries of one sequence and one kv head; see attention.cpp.

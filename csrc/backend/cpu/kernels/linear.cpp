@@ -25,20 +25,36 @@ constexpr int kMaxRows = 2, kWideRows = 1;  // 8 sums; x86-64 has 16 registers
 #endif
 constexpr int64_t kNearBytes = 4096;
 
+// What one pass over a block fetches: `bytes` from `ahead` of the block's begin on.
+struct Share {
+  int64_t ahead, bytes;
+};
+
 template <class W, int M>
 void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_t first_output,
-                   const char* next, int64_t next_bytes) {
+                   Share share) {
   using Op = Operand<W>;
   constexpr int C = M <= kWideRows ? 2 : 1;
-  constexpr int kVector = kLanes * Op::kStep;
+  constexpr int kVector = kLanes * Op::kStep, kParts = kColumns / (C * kLanes);
   const auto* x = static_cast<const typename Op::X*>(task.x) + first_row * task.num_inputs;
-  constexpr int kParts = kColumns / (C * kLanes);
-  for (int part = 0; part < kColumns; part += C * kLanes, w += C * kVector) {
+  const auto* end = static_cast<const char*>(task.fetch_end);
+  const auto* begin = reinterpret_cast<const char*>(w) + share.ahead;
+  share.bytes /= kParts;
+  for (int part = 0; part < kParts; ++part) {
     V sum[M][C];
-    const int64_t next_step = next_bytes / kParts * Op::kStep / task.num_inputs;
-    dot_block<W, M, C, true>(w, kColumns * Op::kStep, x, task.num_inputs, sum, next, next_step);
-    next += next_bytes / kParts;
-    store_outputs(task, sum, first_row, first_output + part);
+    Fetch fetch{begin + part * share.bytes, share.bytes * Op::kStep / task.num_inputs};
+    const int64_t left = end - fetch.at;
+    // Where the next weights are not known: what is there already costs little.
+    fetch.next = task.fetch_next ? static_cast<const char*>(task.fetch_next)
+                                 : reinterpret_cast<const char*>(w);
+    if (left <= 0) {
+      fetch.at = fetch.next - left;
+    } else if (left < share.bytes) {
+      fetch.turn = fetch.step > 0 ? left / fetch.step : 0;
+    }
+    dot_block<W, M, C>(w + part * C * kVector, kColumns * Op::kStep, x, task.num_inputs, sum,
+                       fetch);
+    store_outputs(task, sum, first_row, first_output + part * C * kLanes);
   }
 }
 
@@ -54,7 +70,7 @@ constexpr int64_t max_tile_rows() {
 
 template <class W>
 void linear_of(const LinearTask& task) {
-  using RowsOfBlock = void (*)(const LinearTask&, const W*, int64_t, int64_t, const char*, int64_t);
+  using RowsOfBlock = void (*)(const LinearTask&, const W*, int64_t, int64_t, Share);
   static constexpr RowsOfBlock kByRows[] = {
       nullptr,
       rows_of_block<W, 1>,
@@ -82,16 +98,13 @@ void linear_of(const LinearTask& task) {
   // Few rows wait for memory: fetch a little ahead. Many rows compute: each pass over a block
   // fetches its share of the next one, so that both overlap evenly.
   const int64_t ahead = task.num_rows <= 3 ? kNearBytes : block_bytes;
-  const char* end = reinterpret_cast<const char*>(weight + task.fetch_end * block_elements);
   for (int64_t block = task.first_block; block < task.last_block; ++block) {
     const W* w = weight + block * block_elements;
-    const char* next = reinterpret_cast<const char*>(w) + ahead;
-    if (next + block_bytes > end) next = end - block_bytes;  // what is there already costs little
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {       // nearly equal: 13 rows are 6 and 7
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {  // nearly equal: 13 rows are 6 and 7
       const int64_t first = task.num_rows * tile / num_tiles;
       const int64_t last = task.num_rows * (tile + 1) / num_tiles;
-      kByRows[last - first](task, w, first, block * kColumns, next + block_bytes * tile / num_tiles,
-                            block_bytes / num_tiles);
+      const Share share{ahead + block_bytes * tile / num_tiles, block_bytes / num_tiles};
+      kByRows[last - first](task, w, first, block * kColumns, share);
     }
   }
 }
