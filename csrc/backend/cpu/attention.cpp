@@ -8,6 +8,7 @@
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/layout.h"
+#include "backend/cpu/memory.h"
 #include "medusa/error.h"
 
 namespace medusa::cpu {
@@ -22,12 +23,6 @@ struct Scratch {
   std::vector<uint8_t> needed;  // per page of the sequence: some query sees a slot of it
   std::vector<const void*> k_pages, v_pages;
 };
-
-template <class T>
-T* at_least(std::vector<T>& memory, int64_t count) {
-  if (memory.size() < static_cast<size_t>(count)) memory.resize(static_cast<size_t>(count));
-  return memory.data();
-}
 
 struct Run {  // adjacent rows of one sequence
   int first_row, num_rows;

@@ -9,6 +9,7 @@
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/kernels/block_layout.h"
+#include "backend/cpu/memory.h"
 #include "backend/cpu/packed_weight.h"
 
 namespace medusa::cpu {
@@ -20,11 +21,6 @@ constexpr int64_t kCut = kRowPadding;   // K is cut at multiples of this, so tha
 constexpr int kMaxRanges = 256;
 // So few values every thread lays out for itself: cheaper than waiting for one that does.
 constexpr int64_t kOwnValues = 2048;
-
-char* at_least(std::vector<char>& memory, int64_t num_bytes) {
-  if (memory.size() < static_cast<size_t>(num_bytes)) memory.resize(static_cast<size_t>(num_bytes));
-  return memory.data();
-}
 
 // Rows [first, last) of the panel or tile `index` of `count` nearly equal ones.
 struct Part {

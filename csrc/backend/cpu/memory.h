@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "medusa/backend.h"
 
@@ -12,5 +13,17 @@ namespace medusa::cpu {
 // Zero-filled, page-aligned. huge_pages asks the system for 2 MiB pages. OutOfMemory says bytes
 // asked and free.
 std::unique_ptr<Buffer> map_memory(int64_t num_bytes, bool huge_pages);
+
+// `count` elements of scratch that begin a cache line: vectors that lie across two cost twice. What
+// the memory held may be lost.
+template <class T>
+T* at_least(std::vector<T>& memory, int64_t count) {
+  constexpr size_t kLine = 64;
+  const size_t room = static_cast<size_t>(count) + kLine / sizeof(T);
+  if (memory.size() < room) memory.resize(room);
+  void* first = memory.data();
+  size_t bytes = memory.size() * sizeof(T);
+  return static_cast<T*>(std::align(kLine, static_cast<size_t>(count) * sizeof(T), first, bytes));
+}
 
 }  // namespace medusa::cpu

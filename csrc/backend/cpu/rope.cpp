@@ -6,6 +6,7 @@
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/layout.h"
+#include "backend/cpu/memory.h"
 #include "medusa/error.h"
 
 namespace medusa::cpu {
@@ -70,8 +71,7 @@ void CpuBackend::do_rope_write(TensorView qkv, const Rows& rows, TensorView cos,
   }
   split(rows.num_rows, 4 * qkv.size(1), [&](int64_t first, int64_t last) {
     thread_local std::vector<float> head_values;
-    head_values.resize(static_cast<size_t>(2 * D));  // a head, and the same in the cache's type
-    float* head = head_values.data();
+    float* head = at_least(head_values, 2 * D);  // a head, and the same in the cache's type
     auto* rounded = reinterpret_cast<char*>(head + D);
     for (int64_t row = first; row < last; ++row) {
       const float* from = qkv.as<float>() + row * qkv.size(1);

@@ -6,7 +6,7 @@
 //
 // Shapes    W as block_layout.h says; x [R, K] f32, rounded to 8 bits a value with one scale for
 //           each 32 of a row (x = scale q, |q| <= 127), each tile of rows interleaved:
-//           [K / 32] of { i8 [8][M][4], f32 scale [M], aux [M] }
+//           [K / 32] of { i8 [M][32], f32 scale [M], aux [M] }
 // Traffic   1.06 (q8_0), 0.56 (q4_0), 0.58 (q4_k), 0.625 (q4_1) N K bytes once for every 120 rows;
 //           2 R N K operations in integers and 2 to 4 R N K / 32 in f32.
 //           SmolLM2-135M as its GGUF has it, 1 row: 98 MB a pass
@@ -104,7 +104,7 @@ MEDUSA_INLINE void add_group(const Scales<kType>& scales, int group, const uint8
     }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const Bytes value = splat_quad(x + (quad * M + m) * 4);
+      const Bytes value = splat_quad(x + m * kGroup + 4 * quad);
 #pragma GCC unroll 2
       for (int c = 0; c < C; ++c) dots[m][c] = dot_quads<kType>(dots[m][c], w[c], value);
     }
@@ -248,12 +248,8 @@ MEDUSA_INLINE void arrange_group(const float* x, int64_t valid, int64_t m, int64
   const bool tiny = most < kTiny;
   const V inverse = splat(tiny ? 0.0f : 127.0f / most), shift = splat(12582912.0f);  // 1.5 * 2^23
   const V low = add(mul(a, inverse), shift), high = add(mul(b, inverse), shift);
-  int8_t q[kGroup];
-  store_low_bytes(q, low);
-  store_low_bytes(q + kLanes, high);
-  for (int quad = 0; quad < kQuads; ++quad) {
-    __builtin_memcpy(to + (quad * M + m) * 4, q + 4 * quad, 4);
-  }
+  store_low_bytes(to + m * kGroup, low);
+  store_low_bytes(to + m * kGroup + kLanes, high);
   const float scale = tiny ? 0.0f : most / 127.0f;
   __builtin_memcpy(to + M * kGroup + 4 * m, &scale, 4);
   // Integers below 2^24: exact in any order.

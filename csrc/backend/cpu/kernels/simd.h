@@ -83,6 +83,21 @@ MEDUSA_INLINE void store_some(T* p, V x, int64_t n) {
 }
 
 // Sums and maxima over the lanes, halving: (i, i + 8), (i, i + 4), ...; the same tree everywhere.
+// The maximum of two is the second where either is NaN.
+#if defined(MEDUSA_SIMD_AVX2)
+MEDUSA_INLINE float sum_of(V v) {
+  const __m256 eight = _mm256_add_ps(low_half(v), high_half(v));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+MEDUSA_INLINE float max_of(V v) {
+  const __m256 eight = _mm256_max_ps(low_half(v), high_half(v));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#else
 MEDUSA_INLINE float sum_of(V v) {
   float x[kLanes];
   store(x, v);
@@ -99,6 +114,7 @@ MEDUSA_INLINE float max_of(V v) {
   }
   return x[0];
 }
+#endif
 
 // e^x to about 1 ulp (2 without fma); below -87.3 it is 0, above 88.3 it stays at e^88.3, NaN stays
 // NaN.

@@ -34,6 +34,8 @@ MEDUSA_LANEWISE(min, _mm256_min_ps)
 MEDUSA_INLINE V fma(V x, V y, V z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
+MEDUSA_INLINE __m256 low_half(V x) { return x.a; }
+MEDUSA_INLINE __m256 high_half(V x) { return x.b; }
 MEDUSA_INLINE V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 MEDUSA_INLINE void store(float* p, V x) {
   _mm256_storeu_ps(p, x.a);
@@ -172,7 +174,7 @@ MEDUSA_INLINE float exact_sum_of(V x) {
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
 // The low byte of each lane.
-MEDUSA_INLINE void store_low_bytes(int8_t* p, V x) {
+MEDUSA_INLINE void store_low_bytes(uint8_t* p, V x) {
   const __m256i low = _mm256_set1_epi32(255);
   const __m256i a = _mm256_and_si256(_mm256_castps_si256(x.a), low);
   const __m256i b = _mm256_and_si256(_mm256_castps_si256(x.b), low);

@@ -24,6 +24,8 @@ MEDUSA_INLINE V div(V a, V b) { return _mm512_div_ps(a, b); }
 MEDUSA_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 MEDUSA_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 MEDUSA_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }  // b where either is NaN
+MEDUSA_INLINE __m256 low_half(V x) { return _mm512_castps512_ps256(x); }
+MEDUSA_INLINE __m256 high_half(V x) { return _mm512_extractf32x8_ps(x, 1); }
 MEDUSA_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
 MEDUSA_INLINE void store(float* p, V x) { _mm512_storeu_ps(p, x); }
 MEDUSA_INLINE V load(const F16* p) {
@@ -100,7 +102,7 @@ MEDUSA_INLINE uint32_t greatest_magnitude_bits(V a, V b) {
 // Of integers so small that no order of adding them rounds.
 MEDUSA_INLINE float exact_sum_of(V x) { return _mm512_reduce_add_ps(x); }
 // The low byte of each lane.
-MEDUSA_INLINE void store_low_bytes(int8_t* p, V x) {
+MEDUSA_INLINE void store_low_bytes(uint8_t* p, V x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(x)));
 }
 

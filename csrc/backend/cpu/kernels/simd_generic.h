@@ -219,10 +219,10 @@ MEDUSA_INLINE float exact_sum_of(V x) {
   return (four[0] + four[1]) + (four[2] + four[3]);
 }
 // The low byte of each lane.
-MEDUSA_INLINE void store_low_bytes(int8_t* p, V v) {
+MEDUSA_INLINE void store_low_bytes(uint8_t* p, V v) {
   float x[kLanes];
   store(x, v);
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(bits_of(x[i]) & 255);
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(bits_of(x[i]));
 }
 
 MEDUSA_INLINE uint32_t bits_of_lanes(U4 a, U4 b, U4 c, U4 d) {  // all or no bits of each lane set
