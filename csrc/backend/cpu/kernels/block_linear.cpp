@@ -30,10 +30,16 @@ constexpr int kMaxRows = 3, kWideRows = 0;
 #else
 constexpr int kMaxRows = 2, kWideRows = 0;
 #endif
-// How far ahead of its reads one pass over a block fetches. A single row waits for memory and for
-// little else, and the hardware's own fetching does most of it; with more rows memory and
-// arithmetic take turns, which a longer way evens out (2.5 to 50 KB were tried, 20 to 40 are
-// alike).
+// How far ahead of its reads a pass of M rows fetches, and at what step. While memory sets the pace
+// the hardware's own fetching has more requests in flight than a program can have, so the program
+// only leads it on; where memory and arithmetic take turns, a longer way evens them out. Measured
+// on Zen 4 with 1 and 2 threads, 0 to 50 KB ahead, steps of 64, 128 and 256 bytes.
+template <DType kType, int M>
+struct Reach {
+  static constexpr bool kNibbles = BlockTile<kType>::kNibbles;
+  static constexpr bool kNear = kWideRows > 0 && M <= (kNibbles ? 1 : 4);
+  static constexpr int kStep = kNear && (kNibbles || M > 1) ? 128 : 64;
+};
 constexpr int64_t kNearBytes = 2560, kFarBytes = 22000;
 
 // Scales and minima of one group for the outputs [column, column + 16) of a tile.
@@ -83,10 +89,12 @@ MEDUSA_INLINE I dot_quads(I sum, Bytes w, Bytes x) {
   return kType == DType::q8_0 ? dot_offset_128(sum, w, x) : dot_small(sum, w, x);
 }
 
-// One group: q points to the first quad of the wanted outputs, x to the rows' group.
+// One group: q points to the first quad of the wanted outputs, x to the rows' group. As many bytes
+// at `fetched` as a group has are asked for, a few with every quad, since many at once would hold
+// up the products; null: none.
 template <DType kType, int M, int C, bool kOdd>
 MEDUSA_INLINE void add_group(const Scales<kType>& scales, int group, const uint8_t* q,
-                             const uint8_t* x, V (&sum)[M][C]) {
+                             const uint8_t* x, const uint8_t* fetched, V (&sum)[M][C]) {
   const auto* x_scale = reinterpret_cast<const float*>(x + M * kGroup);
   const uint8_t* x_aux = x + M * (kGroup + 4);
   I dots[M][C];
@@ -97,6 +105,14 @@ MEDUSA_INLINE void add_group(const Scales<kType>& scales, int group, const uint8
   }
 #pragma GCC unroll 8
   for (int quad = 0; quad < kQuads; ++quad) {
+    if (fetched != nullptr) {
+      constexpr int kBytes = BlockTile<kType>::kBytes / BlockTile<kType>::kGroups;
+      constexpr int kStep = Reach<kType, M>::kStep, kLines = (kBytes + kStep - 1) / kStep;
+#pragma GCC unroll 3
+      for (int line = quad * kLines / kQuads; line < (quad + 1) * kLines / kQuads; ++line) {
+        __builtin_prefetch(fetched + kStep * line, 0, 2);
+      }
+    }
     Bytes w[C];
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
@@ -127,31 +143,23 @@ MEDUSA_INLINE void add_group(const Scales<kType>& scales, int group, const uint8
   }
 }
 
-// What to fetch while a block is worked on. Rows that pass over it once fetch a little ahead; of
-// several passes each fetches its share of the next block: of every `every` pairs of groups the one
-// that is `turn`.
-struct Fetch {
-  int64_t ahead;
+// Which pass over a block this is. Of several each fetches its share of the next block: of every
+// `every` pairs of groups the one that is `turn`.
+struct Pass {
   int every, turn;
 };
 
 // What lies `ahead` of `at`, where the end of this thread's weights is followed by its next ones.
-MEDUSA_INLINE const uint8_t* fetched(const LinearTask& task, const uint8_t* at, int64_t ahead) {
+MEDUSA_INLINE const uint8_t* ahead_of(const LinearTask& task, const uint8_t* at, int64_t ahead) {
   const int64_t beyond = at + ahead - static_cast<const uint8_t*>(task.fetch_end);
   if (beyond < 0) return at + ahead;
   if (task.fetch_next == nullptr) return at;  // what is there already costs little
   return static_cast<const uint8_t*>(task.fetch_next) + beyond;
 }
 
-template <int kBytes>
-MEDUSA_INLINE void fetch_bytes(const uint8_t* from) {
-#pragma GCC unroll 34
-  for (int byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
-}
-
 template <DType kType, int M>
 void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_row,
-                   int64_t first_output, Fetch fetch) {
+                   int64_t first_output, Pass pass) {
   using Tile = BlockTile<kType>;
   constexpr int C = M <= kWideRows ? 2 : 1;
   constexpr int kParts = kColumns / (C * kLanes);
@@ -160,9 +168,12 @@ void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_r
   const int64_t num_tiles = (task.num_inputs + Tile::kInputs - 1) / Tile::kInputs;
   const auto* rows =
       static_cast<const uint8_t*>(task.x) + first_row * padded / kGroup * kXGroupBytes;
-  fetch.every *= kParts;
-  fetch.turn *= kParts;
-  for (int part = 0; part < kParts; ++part, ++fetch.turn) {
+  pass.every *= kParts;
+  pass.turn *= kParts;
+  constexpr int64_t kWay = Reach<kType, M>::kNear ? kNearBytes : kFarBytes;
+  constexpr int64_t kPairBytes = 2 * kGroupBytes;
+  const int64_t ahead = pass.every == 1 ? kWay / kPairBytes * kPairBytes : num_tiles * Tile::kBytes;
+  for (int part = 0; part < kParts; ++part, ++pass.turn) {
     const int column = part * C * kLanes;
     V sum[M][C];
     for (int m = 0; m < M; ++m) {
@@ -170,25 +181,23 @@ void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_r
     }
     const uint8_t* x = rows;
     const uint8_t* tile = block;
-    int wait = fetch.turn;  // pairs of groups until the next that is fetched
+    int wait = pass.turn;  // pairs of groups until the next that is fetched
     for (int64_t t = 0; t < num_tiles; ++t, tile += Tile::kBytes) {
       const Scales<kType> scales{tile, column};
       for (int group = 0; group < Tile::kGroups; group += 2) {
         const uint8_t* q = tile + Tile::kScaleBytes + group * Tile::kGroupBytes;
-        const bool now = wait == 0;
-        const uint8_t* from = tile;
-        if (now) {
-          from = fetched(task, tile + group * kGroupBytes, fetch.ahead);
-          fetch_bytes<M == 1 ? 2 * kGroupBytes : kGroupBytes>(from);
-          wait = fetch.every;
+        const uint8_t* fetched = nullptr;
+        if (wait == 0) {
+          fetched = ahead_of(task, tile + group * kGroupBytes, ahead);
+          wait = pass.every;
         }
         --wait;
         q += 4 * column;
-        add_group<kType, M, C, false>(scales, group, q, x, sum);
-        if (M > 1 && now) fetch_bytes<kGroupBytes>(from + kGroupBytes);
+        add_group<kType, M, C, false>(scales, group, q, x, fetched, sum);
         x += M * kXGroupBytes;
         if constexpr (!Tile::kNibbles) q += Tile::kGroupBytes;
-        add_group<kType, M, C, true>(scales, group + 1, q, x, sum);
+        if (fetched != nullptr) fetched += kGroupBytes;
+        add_group<kType, M, C, true>(scales, group + 1, q, x, fetched, sum);
         x += M * kXGroupBytes;
       }
     }
@@ -199,7 +208,7 @@ void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_r
 template <DType kType>
 void linear_of(const LinearTask& task) {
   using Tile = BlockTile<kType>;
-  using RowsOfBlock = void (*)(const LinearTask&, const uint8_t*, int64_t, int64_t, Fetch);
+  using RowsOfBlock = void (*)(const LinearTask&, const uint8_t*, int64_t, int64_t, Pass);
   static constexpr RowsOfBlock kByRows[] = {
       nullptr,
       rows_of_block<kType, 1>,
@@ -220,18 +229,15 @@ void linear_of(const LinearTask& task) {
 #endif
   };
   static_assert(sizeof(kByRows) / sizeof(kByRows[0]) == kMaxRows + 1);
-  constexpr int64_t kPairBytes = 2 * Tile::kBytes / Tile::kGroups;
   const int64_t block_bytes = (task.num_inputs + Tile::kInputs - 1) / Tile::kInputs * Tile::kBytes;
   const int64_t num_tiles = (task.num_rows + kMaxRows - 1) / kMaxRows;
   const auto* weight = static_cast<const uint8_t*>(task.weight);
-  const int64_t way = task.num_rows == 1 ? kNearBytes : kFarBytes;
-  const int64_t ahead = task.num_rows > kWideRows ? block_bytes : way / kPairBytes * kPairBytes;
   for (int64_t block = task.first_block; block < task.last_block; ++block) {
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // nearly equal: 13 rows are 6 and 7
       const int64_t first = task.num_rows * tile / num_tiles;
       const int64_t last = task.num_rows * (tile + 1) / num_tiles;
-      const Fetch fetch{ahead, static_cast<int>(num_tiles), static_cast<int>(tile)};
-      kByRows[last - first](task, weight + block * block_bytes, first, block * kColumns, fetch);
+      const Pass pass{static_cast<int>(num_tiles), static_cast<int>(tile)};
+      kByRows[last - first](task, weight + block * block_bytes, first, block * kColumns, pass);
     }
   }
 }

@@ -30,9 +30,9 @@ struct Operand<Bf16> {
   MEDUSA_INLINE V multiply_add(V sum, Pairs w, Pairs x) { return dot(sum, w, x); }
 };
 
-// What is asked for meanwhile: C cache lines at `at` in each step, which moves by `step` bytes;
-// after `turn` steps it goes on at `next`. They go to the second-level cache: it has more requests
-// in flight than the first, and room for a block.
+// What is asked for meanwhile: kLines cache lines at `at` in each step, which moves by `step`
+// bytes; after `turn` steps it goes on at `next`. They go to the second-level cache: it has more
+// requests in flight than the first, and room for a block.
 struct Fetch {
   const char* at;
   int64_t step;
@@ -41,7 +41,7 @@ struct Fetch {
 };
 
 // w_step in elements. x is [K / kStep][M][kStep], so that one pointer serves all rows.
-template <class W, int M, int C>
+template <class W, int M, int C, int kLines = C>
 MEDUSA_INLINE void dot_block(const W* w, int64_t w_step, const typename Operand<W>::X* x,
                              int64_t num_k, V (&sum)[M][C], Fetch fetch) {
   using Op = Operand<W>;
@@ -57,7 +57,7 @@ MEDUSA_INLINE void dot_block(const W* w, int64_t w_step, const typename Operand<
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       wide[c] = Op::load_w(w + c * kVector);
-      __builtin_prefetch(fetch.at + c * 64, 0, 2);
+      if (c < kLines) __builtin_prefetch(fetch.at + c * 64, 0, 2);
     }
 #pragma GCC unroll 32
     for (int m = 0; m < M; ++m) {

@@ -23,6 +23,9 @@ constexpr int kMaxRows = 4, kWideRows = 1;  // 8 sums of 16 registers
 #else
 constexpr int kMaxRows = 2, kWideRows = 1;  // 8 sums; x86-64 has 16 registers
 #endif
+// So few rows wait for memory, whose own fetching only needs to be led on: a little ahead, and for
+// more than one row every second line (measured as in block_linear.cpp).
+constexpr int kNearRows = 4;
 constexpr int64_t kNearBytes = 4096;
 
 // What one pass over a block fetches: `bytes` from `ahead` of the block's begin on.
@@ -52,8 +55,9 @@ void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_
     } else if (left < share.bytes) {
       fetch.turn = fetch.step > 0 ? left / fetch.step : 0;
     }
-    dot_block<W, M, C>(w + part * C * kVector, kColumns * Op::kStep, x, task.num_inputs, sum,
-                       fetch);
+    constexpr int kLines = kParts == 1 && M > 1 && M <= kNearRows ? 1 : C;
+    dot_block<W, M, C, kLines>(w + part * C * kVector, kColumns * Op::kStep, x, task.num_inputs,
+                               sum, fetch);
     store_outputs(task, sum, first_row, first_output + part * C * kLanes);
   }
 }
@@ -95,9 +99,9 @@ void linear_of(const LinearTask& task) {
   const int64_t block_elements = kColumns * task.num_inputs;
   const int64_t block_bytes = block_elements * static_cast<int64_t>(sizeof(W));
   const W* weight = static_cast<const W*>(task.weight);
-  // Few rows wait for memory: fetch a little ahead. Many rows compute: each pass over a block
-  // fetches its share of the next one, so that both overlap evenly.
-  const int64_t ahead = task.num_rows <= 3 ? kNearBytes : block_bytes;
+  // Many rows compute: each pass over a block fetches its share of the next one, so that both
+  // overlap evenly.
+  const int64_t ahead = task.num_rows <= kNearRows ? kNearBytes : block_bytes;
   for (int64_t block = task.first_block; block < task.last_block; ++block) {
     const W* w = weight + block * block_elements;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // nearly equal: 13 rows are 6 and 7
