@@ -89,7 +89,8 @@ def build(checkpoint: Checkpoint, stored: Stored, backend: _core.Backend) -> _co
     """Read every tensor into the backend's layout; each page of the file is let go once packed."""
     config = to_json(checkpoint.config)
     builder = _core.ModelBuilder(config, stored.dtype, backend, stored.blocks)
-    for entry in checkpoint.entries:
+    # Copies of rows first: they touch all pages of another tensor, while little else is resident.
+    for entry in sorted(checkpoint.entries, key=lambda entry: not entry.copied):
         array, given = _read(entry, stored)
         try:
             builder.add(entry.name, array, given)
