@@ -294,16 +294,20 @@ std::vector<TensorSpec> ModelBuilder::missing() const {
   return specs;
 }
 
-// In the order in which a pass reads them, and the next pass again.
+// In the order in which a step reads them, and the next step again.
 static void link(Model& model) {
-  Weight* last = model.lm_head ? model.lm_head.get() : model.embedding.get();
-  for (Layer& layer : model.layers) {
-    for (Weight* weight : {layer.qkv.get(), layer.o.get(), layer.gate_up.get(), layer.down.get()}) {
-      last->next = weight;
-      last = weight;
-    }
+  std::vector<Weight*> order;
+  for (const Layer& layer : model.layers) {
+    order.insert(order.end(),
+                 {layer.qkv.get(), layer.o.get(), layer.gate_up.get(), layer.down.get()});
   }
-  last->next = &model.output();
+  order.push_back(model.lm_head ? model.lm_head.get() : model.embedding.get());
+  for (const Head& head : model.heads) {
+    for (const auto& block : head.blocks) order.push_back(block.get());
+    if (head.lm_head) order.push_back(head.lm_head.get());
+  }
+  if (model.draft_lm_head) order.push_back(model.draft_lm_head.get());
+  for (size_t i = 0; i < order.size(); ++i) order[i]->next = order[(i + 1) % order.size()];
 }
 
 std::unique_ptr<Model> ModelBuilder::finish() {

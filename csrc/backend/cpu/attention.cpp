@@ -216,7 +216,7 @@ class Attention {
     lay_out(runs, shared, tiles);
     const auto num_tiles = static_cast<int64_t>(tiles.size());
 
-    constexpr int64_t kChunkPages = 8;
+    constexpr int64_t kChunkPages = 16;
     int64_t num_chunks = 0;
     for (const AttentionTile& tile : tiles) {
       num_chunks = std::max(num_chunks, (tile.num_pages + kChunkPages - 1) / kChunkPages);
@@ -247,15 +247,20 @@ class Attention {
       kernels_.attention_softmax(one);
     });
 
+    // A thread that reads some columns only leaves lines out, which halves its pace: as many whole
+    // tiles as all threads share evenly, and columns of the rest.
+    const int64_t whole = num_tiles / pool_.num_threads() * pool_.num_threads();
     const int64_t width = std::max<int64_t>(16, 64 / dtype_bytes(cache_.shape.dtype));
     const int64_t slices = (head_dim_ + width - 1) / width;
-    pool_.run(static_cast<int>(num_tiles * slices), [&](int task) {
+    pool_.run(static_cast<int>(whole + (num_tiles - whole) * slices), [&](int task) {
       thread_local std::vector<float> values;
-      AttentionTile tile = tiles[static_cast<size_t>(task / slices)];
+      const int64_t slice = std::max<int64_t>(task - whole, 0);
+      const int64_t index = task < whole ? task : whole + slice / slices;
+      const int64_t first = task < whole ? 0 : slice % slices * width;
+      const int64_t last = task < whole ? head_dim_ : std::min(first + width, head_dim_);
+      AttentionTile tile = tiles[static_cast<size_t>(index)];
       tile.values = at_least(values, values_size(kTileQueries));
-      const int64_t first = task % slices * width;
-      kernels_.attention_values(tile, static_cast<int>(first),
-                                static_cast<int>(std::min(first + width, head_dim_)));
+      kernels_.attention_values(tile, static_cast<int>(first), static_cast<int>(last));
     });
   }
 

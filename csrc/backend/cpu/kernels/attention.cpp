@@ -1,4 +1,4 @@
-// tree_attention of one tile: up to 8 queries (row, head) of one sequence that share a kv head.
+// tree_attention of one tile: up to 16 queries (row, head) of one sequence that share a kv head.
 //
 //   s[p] = scale * q . K[p];   w = exp(s - max s);   out = sum_p w[p] V[p] / sum_p w[p]
 //   over the logical positions p in [first, position] of the query
