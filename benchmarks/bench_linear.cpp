@@ -103,6 +103,9 @@ void run(const Common& common, Backend& backend, const Product& product, DType d
     copies.push_back(backend.make_weight(N, K, dtype));
     backend.pack(*copies.back(), 0, TensorView(values.data(), source, N, K));
   }
+  for (size_t i = 0; i < copies.size(); ++i) {
+    copies[i]->next = copies[(i + 1) % copies.size()].get();
+  }
   const StoredRows stored(backend, *copies.front());
   const auto run_rows = [&](const std::string& shape, int R) {
     const HostArray x(normal, act, R * K, 1.0f);

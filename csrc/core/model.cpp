@@ -294,14 +294,15 @@ std::vector<TensorSpec> ModelBuilder::missing() const {
   return specs;
 }
 
-// In the order in which a step reads them, and the next step again.
-static void link(Model& model) {
+// In the order in which a step that drafts reads them, and the next step again.
+static void chain_weights(Model& model) {
+  Weight* output = model.lm_head ? model.lm_head.get() : model.embedding.get();
   std::vector<Weight*> order;
   for (const Layer& layer : model.layers) {
     order.insert(order.end(),
                  {layer.qkv.get(), layer.o.get(), layer.gate_up.get(), layer.down.get()});
   }
-  order.push_back(model.lm_head ? model.lm_head.get() : model.embedding.get());
+  order.push_back(output);
   for (const Head& head : model.heads) {
     for (const auto& block : head.blocks) order.push_back(block.get());
     if (head.lm_head) order.push_back(head.lm_head.get());
@@ -322,7 +323,7 @@ std::unique_ptr<Model> ModelBuilder::finish() {
     list += " and " + std::to_string(absent.size() - kMaxListed) + " more";
   }
   MEDUSA_CHECK_ARG(absent.empty(), absent.size(), " tensors are missing: ", list);
-  link(*state_->model);
+  chain_weights(*state_->model);
   return std::move(state_->model);
 }
 

@@ -43,8 +43,8 @@ class Weight {
   DType dtype() const { return dtype_; }
   virtual int64_t num_bytes() const = 0;
 
-  // The weight that a pass multiplies by after this one, so that it may be fetched ahead; null:
-  // unknown. A hint: it changes no result, but must point to nothing that is gone.
+  // The weight that a step most likely multiplies by after this one, so that it may be fetched
+  // ahead; null: unknown. A hint: it changes no result, but must point to nothing that is gone.
   const Weight* next = nullptr;
 
  protected:

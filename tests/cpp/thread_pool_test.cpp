@@ -12,6 +12,9 @@
 #include <atomic>
 #include <chrono>
 #include <limits>
+#include <map>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <thread>
 
@@ -113,6 +116,31 @@ TEST(a_caller_outwaits_long_tasks) {
     });
     CHECK(finished == 3);
   }
+}
+
+// Products rely on it: each thread reads a range of its own.
+TEST(every_thread_has_its_own_index) {
+  constexpr int kThreads = 3;
+  ThreadPool pool(kThreads);
+  CHECK(ThreadPool::thread_index() == 0);
+  std::atomic<bool> outside{false};
+  std::map<std::thread::id, std::set<int>> seen;
+  std::mutex mutex;
+  for (int round = 0; round < 50; ++round) {
+    pool.run(kThreads, [&](int) {
+      const int index = ThreadPool::thread_index();
+      if (index < 0 || index >= kThreads) outside = true;
+      const std::lock_guard lock(mutex);
+      seen[std::this_thread::get_id()].insert(index);
+    });
+  }
+  CHECK(!outside);
+  std::set<int> all;
+  for (const auto& [thread, indices] : seen) {
+    CHECK(indices.size() == 1);
+    CHECK(all.insert(*indices.begin()).second);
+  }
+  CHECK(seen[std::this_thread::get_id()] == std::set<int>{0});
 }
 
 #if defined(__x86_64__)

@@ -1,9 +1,10 @@
 // tree_attention: cuts the work into tiles of queries that share a sequence and a kv head. A long
-// context is shared out by pages and by columns instead, so that K and V are read once. The
-// arithmetic, and why no cut can change a bit of it, is in kernels/attention.cpp.
+// context is shared out by pages, and by heads or columns, instead, so that K and V are read once.
+// The arithmetic, and why no cut can change a bit of it, is in kernels/attention.cpp.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <bit>
+#include <climits>
 #include <vector>
 
 #include "backend/cpu/cpu_backend.h"
@@ -208,7 +209,7 @@ class Attention {
   }
 
   // A tile for each kv head of each sequence: every query's scores by pages, then its weights, then
-  // the sums by columns; threads meet between the three.
+  // the sums by tiles or columns; threads meet between the three.
   void share_context(const std::vector<Run>& runs) {
     thread_local std::vector<AttentionTile> tile_memory;
     thread_local Scratch shared;
@@ -216,15 +217,20 @@ class Attention {
     lay_out(runs, shared, tiles);
     const auto num_tiles = static_cast<int64_t>(tiles.size());
 
-    constexpr int64_t kChunkPages = 16;
-    int64_t num_chunks = 0;
+    int most_pages = 0, least_pages = INT_MAX, most_queries = 0;
     for (const AttentionTile& tile : tiles) {
-      num_chunks = std::max(num_chunks, (tile.num_pages + kChunkPages - 1) / kChunkPages);
+      most_pages = std::max(most_pages, tile.num_pages);
+      least_pages = std::min(least_pages, tile.num_pages);
+      most_queries = std::max(most_queries, tile.num_queries);
     }
+    // Some four tasks a thread; a task's first page is fetched by nobody.
+    const int64_t chunk_pages =
+        std::clamp<int64_t>(num_tiles * most_pages / (4 * pool_.num_threads()), 4, 16);
+    const int64_t num_chunks = (most_pages + chunk_pages - 1) / chunk_pages;
     pool_.run(static_cast<int>(num_tiles * num_chunks), [&](int task) {
       AttentionTile tile = tiles[static_cast<size_t>(task / num_chunks)];
-      const int64_t first = task % num_chunks * kChunkPages;
-      const int64_t last = std::min<int64_t>(first + kChunkPages, tile.num_pages);
+      const int64_t first = task % num_chunks * chunk_pages;
+      const int64_t last = std::min<int64_t>(first + chunk_pages, tile.num_pages);
       if (first >= last) return;
       thread_local std::vector<float> queries;
       tile.queries = at_least(queries, kTileQueries * head_dim_);
@@ -232,9 +238,9 @@ class Attention {
       kernels_.attention_scores(tile, static_cast<int>(first), static_cast<int>(last));
     });
 
-    pool_.run(static_cast<int>(num_tiles) * kTileQueries, [&](int task) {
-      const AttentionTile& tile = tiles[static_cast<size_t>(task / kTileQueries)];
-      const int i = task % kTileQueries;
+    pool_.run(static_cast<int>(num_tiles) * most_queries, [&](int task) {
+      const AttentionTile& tile = tiles[static_cast<size_t>(task / most_queries)];
+      const int i = task % most_queries;
       if (i >= tile.num_queries) return;
       AttentionTile one = tile;
       one.num_queries = 1;
@@ -248,8 +254,9 @@ class Attention {
     });
 
     // A thread that reads some columns only leaves lines out, which halves its pace: as many whole
-    // tiles as all threads share evenly, and columns of the rest.
-    const int64_t whole = num_tiles / pool_.num_threads() * pool_.num_threads();
+    // tiles of like length as all threads share evenly, and columns of the rest.
+    const bool alike = most_pages <= 2 * least_pages;
+    const int64_t whole = alike ? num_tiles / pool_.num_threads() * pool_.num_threads() : 0;
     const int64_t width = std::max<int64_t>(16, 64 / dtype_bytes(cache_.shape.dtype));
     const int64_t slices = (head_dim_ + width - 1) / width;
     pool_.run(static_cast<int>(whole + (num_tiles - whole) * slices), [&](int task) {

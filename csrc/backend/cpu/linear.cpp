@@ -92,8 +92,12 @@ void CpuBackend::product(int64_t num_rows, const Make& make, const Weight& weigh
     for (int64_t i = 0; i < num_ranges; ++i) {
       ranges[static_cast<size_t>(i)].next = matrix.first_of(i, num_ranges);
     }
-    pool_.run(static_cast<int>(num_ranges), [&](int /*task*/) {
-      const int thread = ThreadPool::thread_index();
+    const Weight* after = index + 1 < num_panels ? &weight : weight.next;
+    pool_.run(static_cast<int>(num_ranges), [&](int task) {
+      // The same range of every weight where there is one for each thread, so that what was fetched
+      // ahead is where it is read.
+      const int64_t own_range =
+          num_ranges == pool_.num_threads() ? ThreadPool::thread_index() % num_ranges : task;
       const char* rows = own ? nullptr : shared + panel.first * row_bytes;
       if (own) {
         thread_local std::vector<char> own_memory;
@@ -115,12 +119,12 @@ void CpuBackend::product(int64_t num_rows, const Make& make, const Weight& weigh
       part.num_rows = panel.size();
       part.num_inputs = K;
       part.num_outputs = weight.num_outputs();
-      if (weight.next != nullptr) {
-        const PackedWeight& next = packed(*weight.next);
-        part.fetch_next = next.block(next.first_of(thread % num_ranges, num_ranges));
+      if (after != nullptr) {
+        const PackedWeight& next = packed(*after);
+        part.fetch_next = next.block(next.first_of(own_range, num_ranges));
       }
       for (int64_t i = 0; i < num_ranges; ++i) {
-        const int64_t range = (thread + i) % num_ranges;
+        const int64_t range = (own_range + i) % num_ranges;
         const int64_t end = matrix.first_of(range + 1, num_ranges);
         part.fetch_end = matrix.block(end);
         std::atomic<int64_t>& next = ranges[static_cast<size_t>(range)].next;

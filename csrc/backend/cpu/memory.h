@@ -1,4 +1,4 @@
-// Host memory that costs nothing until it is touched.
+// Host memory: mapped, which costs nothing until it is touched, and scratch of a thread.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -19,11 +19,10 @@ std::unique_ptr<Buffer> map_memory(int64_t num_bytes, bool huge_pages);
 template <class T>
 T* at_least(std::vector<T>& memory, int64_t count) {
   constexpr size_t kLine = 64;
+  static_assert(kLine % sizeof(T) == 0);
   const size_t room = static_cast<size_t>(count) + kLine / sizeof(T);
   if (memory.size() < room) memory.resize(room);
-  void* first = memory.data();
-  size_t bytes = memory.size() * sizeof(T);
-  return static_cast<T*>(std::align(kLine, static_cast<size_t>(count) * sizeof(T), first, bytes));
+  return memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) % kLine) / sizeof(T);
 }
 
 }  // namespace medusa::cpu

@@ -38,6 +38,7 @@ struct BlockTile {
                                                             : 2 * kGroups * kColumns;
   static constexpr int kGroupBytes = kQuads * kQuadBytes / (kNibbles ? 2 : 1);
   static constexpr int kBytes = kScaleBytes + kGroups * kGroupBytes;
+  static constexpr int kShareBytes = kBytes / kGroups;  // of a group, scales included
 };
 
 // Inputs as a row of x is quantised: padded so that every type's tiles are whole.

@@ -36,11 +36,12 @@ constexpr int kMaxRows = 2, kWideRows = 0;
 // on Zen 4 with 1 and 2 threads, 0 to 50 KB ahead, steps of 64, 128 and 256 bytes.
 template <DType kType, int M>
 struct Reach {
-  static constexpr bool kNibbles = BlockTile<kType>::kNibbles;
-  static constexpr bool kNear = kWideRows > 0 && M <= (kNibbles ? 1 : 4);
-  static constexpr int kStep = kNear && (kNibbles || M > 1) ? 128 : 64;
+  using Tile = BlockTile<kType>;
+  static constexpr bool kNear = M <= kWideRows && M <= (Tile::kNibbles ? 1 : 4);
+  static constexpr int kStep = kNear && (Tile::kNibbles || M > 1) ? 128 : 64;
+  static constexpr int kPair = 2 * Tile::kShareBytes;
+  static constexpr int kBytes = (kNear ? 2560 : 22000) / kPair * kPair;
 };
-constexpr int64_t kNearBytes = 2560, kFarBytes = 22000;
 
 // Scales and minima of one group for the outputs [column, column + 16) of a tile.
 template <DType kType>
@@ -89,9 +90,9 @@ MEDUSA_INLINE I dot_quads(I sum, Bytes w, Bytes x) {
   return kType == DType::q8_0 ? dot_offset_128(sum, w, x) : dot_small(sum, w, x);
 }
 
-// One group: q points to the first quad of the wanted outputs, x to the rows' group. As many bytes
-// at `fetched` as a group has are asked for, a few with every quad, since many at once would hold
-// up the products; null: none.
+// One group: q points to the first quad of the wanted outputs, x to the rows' group. The lines of a
+// group that begins at `fetched`, or each second one, are asked for, a few with every quad, since
+// many at once would hold up the products; null: none.
 template <DType kType, int M, int C, bool kOdd>
 MEDUSA_INLINE void add_group(const Scales<kType>& scales, int group, const uint8_t* q,
                              const uint8_t* x, const uint8_t* fetched, V (&sum)[M][C]) {
@@ -106,8 +107,8 @@ MEDUSA_INLINE void add_group(const Scales<kType>& scales, int group, const uint8
 #pragma GCC unroll 8
   for (int quad = 0; quad < kQuads; ++quad) {
     if (fetched != nullptr) {
-      constexpr int kBytes = BlockTile<kType>::kBytes / BlockTile<kType>::kGroups;
-      constexpr int kStep = Reach<kType, M>::kStep, kLines = (kBytes + kStep - 1) / kStep;
+      constexpr int kStep = Reach<kType, M>::kStep;
+      constexpr int kLines = (BlockTile<kType>::kShareBytes + kStep - 1) / kStep;
 #pragma GCC unroll 3
       for (int line = quad * kLines / kQuads; line < (quad + 1) * kLines / kQuads; ++line) {
         __builtin_prefetch(fetched + kStep * line, 0, 2);
@@ -163,16 +164,13 @@ void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_r
   using Tile = BlockTile<kType>;
   constexpr int C = M <= kWideRows ? 2 : 1;
   constexpr int kParts = kColumns / (C * kLanes);
-  constexpr int kGroupBytes = Tile::kBytes / Tile::kGroups;  // with its part of the scales
   const int64_t padded = (task.num_inputs + kRowPadding - 1) / kRowPadding * kRowPadding;
   const int64_t num_tiles = (task.num_inputs + Tile::kInputs - 1) / Tile::kInputs;
   const auto* rows =
       static_cast<const uint8_t*>(task.x) + first_row * padded / kGroup * kXGroupBytes;
   pass.every *= kParts;
   pass.turn *= kParts;
-  constexpr int64_t kWay = Reach<kType, M>::kNear ? kNearBytes : kFarBytes;
-  constexpr int64_t kPairBytes = 2 * kGroupBytes;
-  const int64_t ahead = pass.every == 1 ? kWay / kPairBytes * kPairBytes : num_tiles * Tile::kBytes;
+  const int64_t ahead = pass.every == 1 ? Reach<kType, M>::kBytes : num_tiles * Tile::kBytes;
   for (int part = 0; part < kParts; ++part, ++pass.turn) {
     const int column = part * C * kLanes;
     V sum[M][C];
@@ -188,7 +186,7 @@ void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_r
         const uint8_t* q = tile + Tile::kScaleBytes + group * Tile::kGroupBytes;
         const uint8_t* fetched = nullptr;
         if (wait == 0) {
-          fetched = ahead_of(task, tile + group * kGroupBytes, ahead);
+          fetched = ahead_of(task, tile + group * Tile::kShareBytes, ahead);
           wait = pass.every;
         }
         --wait;
@@ -196,7 +194,7 @@ void rows_of_block(const LinearTask& task, const uint8_t* block, int64_t first_r
         add_group<kType, M, C, false>(scales, group, q, x, fetched, sum);
         x += M * kXGroupBytes;
         if constexpr (!Tile::kNibbles) q += Tile::kGroupBytes;
-        if (fetched != nullptr) fetched += kGroupBytes;
+        if (fetched != nullptr) fetched += Tile::kShareBytes;
         add_group<kType, M, C, true>(scales, group + 1, q, x, fetched, sum);
         x += M * kXGroupBytes;
       }
@@ -259,7 +257,7 @@ MEDUSA_INLINE void arrange_group(const float* x, int64_t valid, int64_t m, int64
   const float scale = tiny ? 0.0f : most / 127.0f;
   __builtin_memcpy(to + M * kGroup + 4 * m, &scale, 4);
   // Integers below 2^24: exact in any order.
-  const float sum = exact_sum_of(add(sub(low, shift), sub(high, shift)));
+  const float sum = sum_of(add(sub(low, shift), sub(high, shift)));
   uint8_t* aux = to + M * (kGroup + 4) + 4 * m;
   if constexpr (BlockTile<kType>::kHasMinimum) {
     const float value = scale * sum;

@@ -11,9 +11,9 @@
 
 namespace medusa::cpu {
 
-constexpr int kColumns = 32;     // outputs of one block of a packed weight
+constexpr int kColumns = 32;      // outputs of one block of a packed weight
 constexpr int kTileQueries = 16;  // (row, head) pairs of one attention tile
-constexpr int kPage = 64;        // tokens of a page of the cache
+constexpr int kPage = 64;         // tokens of a page of the cache
 constexpr int kMaxAncestorWords = 4;
 constexpr float kGreatestNoise = 22.89f;  // kMaxGumbel of noise.h
 constexpr float kMassRange =

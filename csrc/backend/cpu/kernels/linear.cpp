@@ -23,8 +23,8 @@ constexpr int kMaxRows = 4, kWideRows = 1;  // 8 sums of 16 registers
 #else
 constexpr int kMaxRows = 2, kWideRows = 1;  // 8 sums; x86-64 has 16 registers
 #endif
-// So few rows wait for memory, whose own fetching only needs to be led on: a little ahead, and for
-// more than one row every second line (measured as in block_linear.cpp).
+// So few rows wait for memory, whose own fetching only needs to be led on: a little ahead, and in
+// bf16 for more than one row every second line (measured as in block_linear.cpp).
 constexpr int kNearRows = 4;
 constexpr int64_t kNearBytes = 4096;
 
@@ -52,8 +52,8 @@ void rows_of_block(const LinearTask& task, const W* w, int64_t first_row, int64_
                                  : reinterpret_cast<const char*>(w);
     if (left <= 0) {
       fetch.at = fetch.next - left;
-    } else if (left < share.bytes) {
-      fetch.turn = fetch.step > 0 ? left / fetch.step : 0;
+    } else if (fetch.step > 0) {
+      fetch.turn = left / fetch.step;
     }
     constexpr int kLines = kParts == 1 && M > 1 && M <= kNearRows ? 1 : C;
     dot_block<W, M, C, kLines>(w + part * C * kVector, kColumns * Op::kStep, x, task.num_inputs,
@@ -99,9 +99,11 @@ void linear_of(const LinearTask& task) {
   const int64_t block_elements = kColumns * task.num_inputs;
   const int64_t block_bytes = block_elements * static_cast<int64_t>(sizeof(W));
   const W* weight = static_cast<const W*>(task.weight);
-  // Many rows compute: each pass over a block fetches its share of the next one, so that both
-  // overlap evenly.
-  const int64_t ahead = task.num_rows <= kNearRows ? kNearBytes : block_bytes;
+  // Where several passes go over a block each fetches its share of the next one, so that memory and
+  // arithmetic overlap evenly.
+  const bool near =
+      num_tiles == 1 && task.num_rows <= (kNearRows < kWideRows ? kNearRows : kWideRows);
+  const int64_t ahead = near ? kNearBytes : block_bytes;
   for (int64_t block = task.first_block; block < task.last_block; ++block) {
     const W* w = weight + block * block_elements;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // nearly equal: 13 rows are 6 and 7

@@ -166,13 +166,6 @@ MEDUSA_INLINE uint32_t greatest_magnitude_bits(V a, V b) {
   four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
   return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
 }
-// Of integers so small that no order of adding them rounds.
-MEDUSA_INLINE float exact_sum_of(V x) {
-  const __m256 eight = _mm256_add_ps(x.a, x.b);
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
-}
 // The low byte of each lane.
 MEDUSA_INLINE void store_low_bytes(uint8_t* p, V x) {
   const __m256i low = _mm256_set1_epi32(255);

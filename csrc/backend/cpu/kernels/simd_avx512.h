@@ -99,8 +99,6 @@ MEDUSA_INLINE uint32_t greatest_magnitude_bits(V a, V b) {
                                         _mm512_and_si512(_mm512_castps_si512(b), bits));
   return static_cast<uint32_t>(_mm512_reduce_max_epi32(most));
 }
-// Of integers so small that no order of adding them rounds.
-MEDUSA_INLINE float exact_sum_of(V x) { return _mm512_reduce_add_ps(x); }
 // The low byte of each lane.
 MEDUSA_INLINE void store_low_bytes(uint8_t* p, V x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(x)));

@@ -213,11 +213,6 @@ MEDUSA_INLINE uint32_t greatest_magnitude_bits(V a, V b) {
   }
   return most;
 }
-// Of integers so small that no order of adding them rounds.
-MEDUSA_INLINE float exact_sum_of(V x) {
-  const F4 four = (x.a + x.b) + (x.c + x.d);
-  return (four[0] + four[1]) + (four[2] + four[3]);
-}
 // The low byte of each lane.
 MEDUSA_INLINE void store_low_bytes(uint8_t* p, V v) {
   float x[kLanes];
