@@ -22,7 +22,13 @@ from medusa_ext.loading.checkpoint import Checkpoint, open_checkpoint
 from medusa_ext.loading.config import Config, read_json
 from medusa_ext.loading.errors import LoadError
 from medusa_ext.loading.exporting import CALIBRATION_FILE, write_tensors
-from medusa_ext.loading.files import FLOAT_BYTES, ArrayTensors, PickledTensors, SafetensorsTensors
+from medusa_ext.loading.files import (
+    FLOAT_BYTES,
+    ArrayTensors,
+    PickledTensors,
+    SafetensorsTensors,
+    cannot_write,
+)
 from medusa_ext.loading.head_rows import DRAFT_TOKENS_FILE
 from medusa_ext.loading.heads import Heads, open_heads
 from medusa_ext.loading.ngrams import NGRAMS_FILE
@@ -446,7 +452,6 @@ def _new_folder(path: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
         partial.rename(path)
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError of a full disk
-        reason = getattr(error, "strerror", None) or error
-        raise LoadError(f"cannot write {path}: {reason}; nothing was left half-written") from None
+        raise cannot_write(path, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

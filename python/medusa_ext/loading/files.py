@@ -313,4 +313,10 @@ def write_whole(path: Path, data: bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise LoadError(f"cannot write {path}: {error.strerror or error}") from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: Exception) -> LoadError:
+    """The error to raise when the disk refuses."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return LoadError(f"cannot write {path}: {reason or error}; nothing was left half-written")

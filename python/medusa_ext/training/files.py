@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from medusa_ext.loading import LoadError
+from medusa_ext.loading.files import cannot_write, write_whole
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -20,18 +21,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         LoadError: the disk refuses; nothing stays.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        try:
-            with partial.open("wb") as file:
-                file.write(save({name: value.contiguous() for name, value in tensors.items()}))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from None
+    write_whole(path, save({name: value.contiguous() for name, value in tensors.items()}))
 
 
 @contextmanager
@@ -81,9 +71,3 @@ def lock_folder(path: Path, *, wait: bool) -> Iterator[None]:
                 f"another run is writing to {path}; wait for it, or give another --out"
             ) from None
         yield  # the lock is given back when the file is closed
-
-
-def cannot_write(path: Path, error: Exception) -> LoadError:
-    """The error to raise when the disk refuses."""
-    reason = error.strerror if isinstance(error, OSError) else None
-    return LoadError(f"cannot write {path}: {reason or error}; nothing was left half-written")

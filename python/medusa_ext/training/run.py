@@ -18,12 +18,13 @@ from transformers import TrainingArguments
 
 from medusa_ext.loading import Checkpoint, LoadError, open_checkpoint
 from medusa_ext.loading.config import read_json
+from medusa_ext.loading.files import cannot_write
 from medusa_ext.loading.head_rows import DRAFT_TOKENS_FILE
 from medusa_ext.loading.ngrams import NGRAMS_FILE, count_ngrams, save_ngrams
 from medusa_ext.training import medusa1, medusa2
 from medusa_ext.training.accuracy import TREES, compute_metrics
 from medusa_ext.training.data import Data, read_data
-from medusa_ext.training.files import cannot_write, lock_folder, new_folder
+from medusa_ext.training.files import lock_folder, new_folder
 from medusa_ext.training.heads import MedusaHeads, new_heads
 from medusa_ext.training.hidden_cache import Rows, make_rows, open_hidden_states
 from medusa_ext.training.report import Card, HiddenProgress, Progress, draw_curves

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from transformers.trainer_utils import get_last_checkpoint
 
 from medusa_ext.loading import LoadError
-from medusa_ext.training.files import cannot_write
+from medusa_ext.loading.files import cannot_write
 from medusa_ext.training.settings import Settings
 
 HEADS_FACTOR = 4.0  # learning rate of heads beside a model that learns too
