@@ -168,7 +168,7 @@ void bench(Arguments& args, Common& common) {
   if (common.shapes.empty()) common.shapes = {"llama-2-7b", "llama-3-8b"};
   const bool quick = common.quick, tiny = common.tiny();
   constexpr int kMaxContext = 1 << 20;
-  std::vector<int> contexts{128, 512, 1024, 2048, 4096, 8192, 16384};
+  std::vector<int> contexts{128, 512, 1024, 2048, 4096, 8192, 16384, 32768};
   std::vector<int> nodes{1, 16, 32, 64}, batches{1, 8};
   if (quick) contexts = {1024, 8192};
   if (quick) nodes = {1, 64};
